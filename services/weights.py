@@ -1,0 +1,62 @@
+"""One version of the student's weights, as it travels from the learner to every engine.
+
+A version is one flat buffer, so that Ray ships it as a single out-of-band object: written once,
+read on each node without a copy. With it travels a probe, the learner's own log-probs of a fixed
+sequence, so that an engine that loaded something else is found out before it samples a token.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """All parameters of one version. `version` counts the gradient steps behind it."""
+
+    version: int
+    manifest: tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, torch dtype, shape)
+    buffer: npt.NDArray[np.uint8]
+    probe_ids: tuple[int, ...]
+    probe_logprobs: tuple[float, ...]  # of probe_ids[1:], temperature 1
+
+    @staticmethod
+    def flatten(
+        version: int,
+        parameters: Iterable[tuple[str, torch.Tensor]],
+        probe_ids: Iterable[int],
+        probe_logprobs: Iterable[float],
+    ) -> Weights:
+        """Copies `parameters` into one new buffer on the CPU."""
+        named = [(name, p.detach()) for name, p in parameters]
+        manifest = tuple(
+            (name, str(p.dtype).removeprefix("torch."), tuple(p.shape)) for name, p in named
+        )
+        buffer = torch.empty(sum(p.numel() * p.element_size() for _, p in named), dtype=torch.uint8)
+        offset = 0
+        for _, p in named:
+            flat = p.contiguous().view(-1).view(torch.uint8)
+            buffer[offset : offset + flat.numel()].copy_(flat)
+            offset += flat.numel()
+        return Weights(version, manifest, buffer.numpy(), tuple(probe_ids), tuple(probe_logprobs))
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor of each parameter: views of the buffer, not to be written to."""
+        with warnings.catch_warnings():  # Ray's buffers are read-only, and that is what we want
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            flat = torch.from_numpy(self.buffer)
+        offset = 0
+        for name, dtype_name, shape in self.manifest:
+            dtype: torch.dtype = getattr(torch, dtype_name)
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            # Tensors of mixed dtypes may lie off their alignment; a copy puts that right.
+            part = flat[offset : offset + size]
+            part = part if offset % dtype.itemsize == 0 else part.clone()
+            yield name, part.view(dtype).view(shape)
+            offset += size
