@@ -217,7 +217,7 @@ def _open(blob: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         raise WireError(f"not a safetensors item: {error!r}") from error
 
 
-def _build(kind: type[ItemT], header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> ItemT:
+def _build(kind: type[Item], header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> Item:
     prompt = Prompt(
         token_ids=arrays["prompt_ids"],
         **{**header["prompt"], "sampling": Sampling(**header["prompt"]["sampling"])},

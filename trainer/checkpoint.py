@@ -1,0 +1,109 @@
+"""Checkpoints that are whole or absent: written under a temporary name, synced, renamed.
+
+checkpoints/step-000020/
+    model/       Hugging Face directory, loads with AutoModelForCausalLM
+    trainer.pt   optimizer, schedule, random state
+    state.json   step, and the entries of the scored stream that it contains
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a checkpoint stands. `entries` are the scored-stream ids trained since the
+    checkpoint before, which may not have been settled in Redis when the process died."""
+
+    step: int
+    consumed: int
+    entries: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was found whole."""
+
+    path: Path
+    progress: Progress
+    trainer: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+
+def save(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trainer: dict[str, Any],
+    progress: Progress,
+    *,
+    keep_last: int,
+) -> Path:
+    """Writes a checkpoint; when it returns, the checkpoint is durable."""
+    final = directory / f"step-{progress.step:06d}"
+    temporary = directory / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    export(temporary / "model", model, tokenizer)
+    torch.save(trainer, temporary / "trainer.pt")
+    (temporary / "state.json").write_text(json.dumps(asdict(progress)))
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)  # a torn one that `latest` passed over
+    temporary.rename(final)
+    _sync(directory)
+    for old in sorted(directory.glob("step-*"))[:-keep_last]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest(directory: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; torn ones are passed over and named in the log."""
+    for path in sorted(directory.glob("step-*"), reverse=True):
+        try:
+            if not any((path / "model").glob("*.safetensors")):
+                raise OSError("it has no weights")
+            return Checkpoint(
+                path,
+                Progress(**json.loads((path / "state.json").read_text())),
+                torch.load(path / "trainer.pt", weights_only=True),
+            )
+        except _UNUSABLE as error:
+            log.warning("checkpoint %s cannot be used (%s): trying the one before", path, error)
+    return None
+
+
+def export(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes a Hugging Face directory."""
+    packed = model.config._attn_implementation
+    model.config._attn_implementation = "sdpa"  # ours has no meaning outside this project
+    try:
+        model.save_pretrained(path)
+    finally:
+        model.config._attn_implementation = packed
+    tokenizer.save_pretrained(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

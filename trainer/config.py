@@ -1,0 +1,83 @@
+"""Settings of the learner. Imports pydantic only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from services.config import Config, Resources
+
+
+class ObjectiveConfig(Config):
+    """What is learned from a scored group. Names follow the authors' README; the defaults
+    follow the paper."""
+
+    kind: Literal["scope", "opd"] = "scope"
+    tau: float = Field(default=1.0, gt=0)
+    """Temperature of both paths' weights: small sharpens, large flattens."""
+    use_dual_path_weighting: bool = True
+    """False: no routing by correctness; every trajectory takes the teacher path."""
+    use_seq_weights: bool = True
+    """False: uniform weights in both paths."""
+    use_student_path_weights: bool = True
+    use_teacher_path_weights: bool = True
+    student_path_ppl_positive: bool = True
+    """True: a correct trajectory that surprises the student weighs more."""
+    teacher_path_ppl_positive: bool = False
+    """False: an incorrect trajectory that surprises the teacher weighs less."""
+    normalization: Literal["paper", "released"] = "paper"
+    """Weights of a path sum to 1 (paper) or have mean 1 (the authors' released code)."""
+    log_ratio_bound: float | None = Field(default=None, gt=0)
+    """Bound in nats on |log π_T − log π_S| of one token; None follows the paper."""
+    is_ratio_cap: float = Field(default=2.0, gt=0)
+    """Truncation of the importance ratio ρ to the policy that sampled."""
+    aggregation: Literal["group", "token"] = "group"
+    """The loss is a mean over prompts (paper) or over the tokens that are trained."""
+
+
+class OptimizerConfig(Config):
+    """AdamW with warm-up and gradient clipping."""
+
+    lr: float = Field(default=5e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written. Scored groups stay in Redis until one contains them."""
+
+    every_steps: int = Field(default=20, ge=1)
+    keep_last: int = Field(default=2, ge=1)
+
+
+class TrainerConfig(Config):
+    """The learner: one Ray Train worker group."""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    ranks: int = Field(default=1, ge=1)
+    resources: Resources = Resources()
+    torch_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a rank; None leaves it to torch."""
+    groups_per_step: int = Field(default=256, ge=1)
+    """Prompts in one gradient step (the global batch)."""
+    max_staleness: int = Field(default=1, ge=0)
+    """Weight versions that a trained group may be old; 0 is fully synchronous."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Ends the run early; None trains every prompt of every epoch."""
+    micro_batch_tokens: int = Field(default=16_384, ge=1)
+    """Prompt and completion tokens in one forward; a longer sequence goes alone."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the master weights."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    gradient_checkpointing: bool = False
+    stall_timeout_s: float = Field(default=1800.0, gt=0)
+    """No gradient step for this long stops the run, naming the slowest stage."""
+    max_failures: int = Field(default=3, ge=0)
+    """How often Ray Train restarts the learner from its last checkpoint."""

@@ -1,0 +1,125 @@
+"""The learner's end of the scored stream: whole steps of groups, and what a crash left behind.
+
+Groups are acknowledged only when a checkpoint that contains them is durable (`settle`), so the
+pending list of the one consumer `learner` is the replay log: a restarted learner is given the
+same groups again, before any new one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from services.stage import Connection
+from services.streams import Claim, Ledger, claim
+from services.trajectory import ScoredGroup, WireError, decode
+from trainer.batch import BadGroup, check
+from trainer.objectives import TeacherNeed
+
+CONSUMER = "learner"
+_BLOCK_MS = 500
+
+
+class Stalled(RuntimeError):
+    """No full step of scored groups came in time; the message says where the items are."""
+
+
+class GroupReader:
+    """Collects scored groups into steps.
+
+    Args:
+        connection: the run.
+        need: which trajectories must have a teacher's score.
+        groups_per_step: groups of a full step; only the last step of a run has fewer.
+        total: prompts that the run feeds in all.
+        timeout_s: how long one step is waited for.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        need: TeacherNeed,
+        groups_per_step: int,
+        total: int,
+        timeout_s: float,
+    ) -> None:
+        self.streams = connection.streams()
+        self.consumed = 0
+        self.unsettled: list[str] = []  # entries trained since the last durable checkpoint
+        self._need = need
+        self._groups_per_step = groups_per_step
+        self._total = total
+        self._timeout_s = timeout_s
+        self._ready: deque[tuple[Claim, ScoredGroup]] = deque()
+
+    async def start(self, *, step: int, contained: Sequence[str]) -> None:
+        """Settles what the checkpoint of `step` contains and replays what it does not."""
+        await self.streams.create()
+        await self.streams.settle("scored", contained)
+        self.consumed = (await self.streams.ledger()).trained
+        await self.streams.advance(consumed=self.consumed, step=step)
+        await self._accept(await self.streams.held("scored", CONSUMER))
+
+    async def next_step(self) -> list[tuple[str, bytes]]:
+        """(entry id, wire form) of each group of the next step; empty when all are trained.
+
+        Raises:
+            Stalled: the groups did not come within the timeout.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            ledger = await self.streams.ledger()
+            left = self._total - self.consumed - ledger.dead
+            wanted = min(self._groups_per_step, left)
+            if len(self._ready) >= wanted:
+                chosen = [self._ready.popleft()[0] for _ in range(wanted)]
+                return [(c.id, c.payload) for c in chosen]
+            if time.monotonic() > deadline:
+                raise Stalled(
+                    f"the learner waited {self._timeout_s:.0f} s for {wanted} scored groups and "
+                    f"has {len(self._ready)}: {describe(ledger)}"
+                )
+            await self._accept(
+                await claim(
+                    [self.streams],
+                    "scored",
+                    CONSUMER,
+                    count=wanted - len(self._ready),
+                    block_ms=_BLOCK_MS,
+                )
+            )
+
+    async def trained(self, entries: Sequence[str], step: int) -> None:
+        """Records that a step has used these groups, which lets the feeder admit more."""
+        self.consumed += len(entries)
+        self.unsettled += entries
+        await self.streams.advance(consumed=self.consumed, step=step)
+
+    async def settle(self) -> None:
+        """Acknowledges everything that the checkpoint just written contains."""
+        await self.streams.settle("scored", self.unsettled)
+        self.unsettled = []
+
+    async def _accept(self, claims: Sequence[Claim]) -> None:
+        for item in claims:
+            try:
+                group = decode(ScoredGroup, item.payload)
+                check(group, self._need)
+            except (WireError, BadGroup) as error:
+                await self.streams.bury(item, f"trainer: {error}")
+            else:
+                self._ready.append((item, group))
+
+
+def describe(ledger: Ledger) -> str:
+    """Where the items of a run are, for whoever waits for them."""
+    streams = ", ".join(
+        f"{name} {depth} (oldest {ledger.age_s[name]:.0f} s)"
+        for name, depth in ledger.depth.items()
+    )
+    return (
+        f"fed {ledger.fed}, trained {ledger.trained}, dead {ledger.dead}, in flight "
+        f"{ledger.in_flight}: {streams}"
+    )
