@@ -1,0 +1,190 @@
+"""The step, against an independent derivation with plain transformers and autograd."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from transformers import Qwen3ForCausalLM
+
+from services.trajectory import ScoredGroup
+from tests.builders import scored_group, tiny_model
+from trainer.batch import Batch
+from trainer.config import ObjectiveConfig, OptimizerConfig, TrainerConfig
+from trainer.learner import Learner
+
+
+def groups() -> list[ScoredGroup]:
+    """Every case at once: mixed, all correct, all wrong, unknown, and skewed lengths."""
+    return [
+        scored_group(
+            ["correct", "correct", "incorrect", "incorrect"],
+            lengths=[4, 9, 3, 12],
+            teacher_nll=[0, 0, 1.0, 2.5],
+        ),
+        scored_group(["correct", "correct", "correct"], order=1, lengths=[7, 2, 5]),
+        scored_group(["incorrect", "unknown"], order=2, lengths=[6, 3], teacher_nll=[0.7, 0]),
+    ]
+
+
+def settings(micro_batch_tokens: int = 10_000, **objective: object) -> TrainerConfig:
+    return TrainerConfig(
+        objective=ObjectiveConfig(**objective),  # type: ignore[arg-type]
+        optimizer=OptimizerConfig(lr=1e-3),
+        micro_batch_tokens=micro_batch_tokens,
+    )
+
+
+def gradients(config: TrainerConfig, temperature: float = 1.0) -> list[Tensor]:
+    learner = Learner(tiny_model(), config, temperature=temperature)
+    batch = Batch.of(groups())
+    learner.backward(batch, learner.objective.coefficients(learner._stats(batch), config.objective))
+    return [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
+
+
+def expected_gradients(
+    model: Qwen3ForCausalLM, config: ObjectiveConfig, temperature: float
+) -> list[Tensor]:
+    """The paper's loss, one sequence at a time, in the words of the equations."""
+    total = torch.zeros(())
+    batch = groups()
+    for group in batch:
+        rows = []
+        for place, t in enumerate(group.rollout.trajectories):
+            ids = torch.tensor([*group.prompt.token_ids.tolist(), *t.token_ids.tolist()])
+            logits = model(ids[None]).logits[0, len(group.prompt.token_ids) - 1 : -1]
+            chosen = torch.tensor(t.token_ids)[:, None].long()
+            at_one = logits.log_softmax(-1).gather(1, chosen)[:, 0]
+            sampled = (logits / temperature).log_softmax(-1).gather(1, chosen)[:, 0]
+            ratio = (sampled - torch.tensor(t.logprobs)).exp()
+            capped = ratio * (config.is_ratio_cap / ratio.detach()).clamp(max=1.0)
+            rows.append((place, at_one, capped))
+        correct = [r for r in rows if group.verified.verdicts[r[0]].outcome == "correct"]
+        wrong = [r for r in rows if group.verified.verdicts[r[0]].outcome == "incorrect"]
+        ppl = [math.exp(-float(lp.detach().mean())) ** (1 / config.tau) for _, lp, _ in correct]
+        for (_, _, ratio), p in zip(correct, ppl, strict=True):
+            total = total + p / sum(ppl) * -ratio.sum()
+        teacher = [torch.tensor(group.teacher_logprobs[place]) for place, _, _ in wrong]
+        inverse = [math.exp(-float(lp.mean())) ** (-1 / config.tau) for lp in teacher]
+        for (_, lp, ratio), t_lp, p in zip(wrong, teacher, inverse, strict=True):
+            total = total + p / sum(inverse) * (ratio * (lp.detach() - t_lp)).sum()
+    model.zero_grad()
+    (total / len(batch)).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float = 2e-5) -> None:
+    assert len(got) == len(expected)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-3, atol=tolerance)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+def test_gradient_is_the_papers(temperature: float, tau: float) -> None:
+    expected = expected_gradients(tiny_model(), ObjectiveConfig(tau=tau), temperature)
+    assert_close(gradients(settings(tau=tau), temperature), expected)
+
+
+def test_micro_batches_do_not_change_the_gradient() -> None:
+    whole = gradients(settings())
+    one_by_one = gradients(settings(micro_batch_tokens=1))
+    some = gradients(settings(micro_batch_tokens=25))
+    assert_close(one_by_one, whole)
+    assert_close(some, whole)
+
+
+def test_aggregation_by_tokens_divides_by_the_trained_tokens() -> None:
+    by_group, by_token = gradients(settings()), gradients(settings(aggregation="token"))
+    tokens = sum([4, 9, 3, 12, 7, 2, 5, 6])  # the unknown one's 3 are not trained
+    assert_close([g * 3 / tokens for g in by_group], by_token)
+
+
+def test_log_ratio_bound_limits_the_pull_of_one_token() -> None:
+    free, bounded = gradients(settings()), gradients(settings(log_ratio_bound=1e-6))
+    only_mle = gradients(settings(teacher_path_ppl_positive=False, log_ratio_bound=1e-9))
+    assert_close(bounded, only_mle)
+    assert max(float((f - b).abs().max()) for f, b in zip(free, bounded, strict=True)) > 1e-3
+
+
+def test_ratio_cap_scales_a_stale_token_down_and_keeps_its_direction() -> None:
+    model = tiny_model()
+    group = scored_group(["correct"], lengths=[1])
+    token = group.rollout.trajectories[0]
+    ids = torch.tensor([[*group.prompt.token_ids.tolist(), *token.token_ids.tolist()]])
+    current = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]
+    token.logprobs[:] = current.item() - math.log(8.0)  # ρ = 8, cap 2
+    learner = Learner(model, settings(), temperature=1.0)
+    metrics = learner.step(Batch.of([group]))
+    assert metrics["is_ratio/mean"] == pytest.approx(8.0, rel=1e-4)
+    assert metrics["is_ratio/capped_fraction"] == 1.0
+    assert metrics["loss/mle"] == pytest.approx(-2.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "outcomes", [["unknown", "unknown"], ["correct", "correct"], ["incorrect"], ["correct"]]
+)
+def test_every_mixture_of_verdicts_makes_a_finite_step(outcomes: list[str]) -> None:
+    learner = Learner(tiny_model(), settings(), temperature=1.0)
+    metrics = learner.step(Batch.of([scored_group(outcomes)]))  # type: ignore[arg-type]
+    assert all(bool(torch.isfinite(p).all()) for p in learner.model.parameters())
+    assert math.isfinite(metrics["actor/grad_norm"])
+
+
+def test_unknown_trajectories_leave_no_trace_in_the_gradient() -> None:
+    with_unknown = Batch.of([scored_group(["correct", "unknown", "incorrect"])])
+    learner = Learner(tiny_model(), settings(), temperature=1.0)
+    stats = learner._stats(with_unknown)
+    made = learner.objective.coefficients(stats, ObjectiveConfig())
+    before = learner.backward(with_unknown, made)
+    assert before[0] == 10  # tokens trained: two of the three trajectories of 5
+
+
+def test_an_empty_completion_is_on_neither_path() -> None:
+    batch = Batch.of([scored_group(["correct", "correct", "incorrect"], lengths=[0, 4, 0])])
+    assert batch.correct.tolist() == [False, True, False]
+    assert batch.incorrect.tolist() == [False, False, False]
+    metrics = Learner(tiny_model(), settings(), temperature=1.0).step(batch)
+    assert math.isfinite(metrics["loss/mle"])
+
+
+def test_weights_carry_the_probe_and_all_parameters() -> None:
+    learner = Learner(tiny_model(), settings(), temperature=1.0)
+    weights = learner.weights()
+    plain = tiny_model()
+    for name, tensor in weights.tensors():
+        torch.testing.assert_close(tensor, plain.get_parameter(name), rtol=0, atol=0)
+    ids = torch.tensor([weights.probe_ids])
+    expected = plain(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    np.testing.assert_allclose(weights.probe_logprobs, expected.detach(), atol=1e-5)
+
+
+def _two_ranks(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
+    )
+    learner = Learner(tiny_model(), settings(), temperature=0.6)
+    metrics = learner.step(Batch.of(groups()))
+    if rank == 0:
+        state = [p.detach().clone() for p in learner.model.parameters()]
+        torch.save({"state": state, "metrics": metrics}, f"{directory}/result.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_same_step_as_one(tmp_path: Path) -> None:
+    mp.spawn(_two_ranks, args=(str(tmp_path),), nprocs=2)
+    result = torch.load(tmp_path / "result.pt")
+    alone = Learner(tiny_model(), settings(), temperature=0.6)
+    metrics = alone.step(Batch.of(groups()))
+    for got, expected in zip(result["state"], alone.model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected.detach(), rtol=1e-4, atol=1e-6)
+    for name in ("loss/mle", "loss/opd", "kl/student_teacher", "ppl/student", "actor/grad_norm"):
+        assert result["metrics"][name] == pytest.approx(metrics[name], rel=1e-4)
