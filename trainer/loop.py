@@ -22,6 +22,8 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, get_context
+from ray.train.torch import TorchTrainer, get_device
 
 from services.models import load_model, load_tokenizer
 from services.stage import Connection
@@ -33,6 +35,8 @@ from trainer.learner import Learner, Metrics
 from trainer.reader import GroupReader
 
 log = logging.getLogger(__name__)
+
+_PUBLISH_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,10 @@ class LoopConfig:
 
 def train_loop(config: LoopConfig) -> None:
     """Trains until every prompt of the run is trained or dead, then exports the student."""
-    import ray.train
-
     if config.trainer.torch_threads:
         torch.set_num_threads(config.trainer.torch_threads)
     torch.manual_seed(config.seed)
-    rank = ray.train.get_context().get_world_rank()
+    rank = get_context().get_world_rank()
     found = checkpoint.latest(config.checkpoints)
     learner = _learner(config, found)
     if rank == 0:
@@ -75,7 +77,7 @@ def train_loop(config: LoopConfig) -> None:
 
 
 def _learner(config: LoopConfig, found: checkpoint.Checkpoint | None) -> Learner:
-    device = str(ray.train.torch.get_device())
+    device = str(get_device())
     source = str(found.model) if found else config.student
     model = load_model(source, dtype=config.trainer.dtype, device=device)
     steps = -(-config.total_groups // config.trainer.groups_per_step)
@@ -143,8 +145,8 @@ class _Leader:
 
     def _publish(self) -> None:
         weights = self._learner.weights()
-        reference = ray.put(weights)
-        ray.get(self._config.weight_store.publish.remote(weights.version, [reference]), timeout=60)
+        done = self._config.weight_store.publish.remote(weights.version, weights)
+        ray.get(done, timeout=_PUBLISH_TIMEOUT_S)
 
     def _checkpoint(self, runner: asyncio.Runner) -> None:
         checkpoint.save(
@@ -212,3 +214,25 @@ class _timed:
 
     def __exit__(self, *_: object) -> None:
         self._laps[self._key] = time.perf_counter() - self._started
+
+
+def trainer(config: LoopConfig) -> Any:
+    """The Ray Train run of the learner: `config.trainer.ranks` workers, restarted from the last
+    checkpoint when one dies."""
+    resources = config.trainer.resources
+    return TorchTrainer(
+        train_loop,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=config.trainer.ranks,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={"CPU": resources.cpus}
+            | ({"GPU": resources.gpus} if resources.gpus else {}),
+        ),
+        run_config=RunConfig(
+            name="learner",
+            storage_path=str((config.run_dir / "ray_train").resolve()),
+            failure_config=FailureConfig(max_failures=config.trainer.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )

@@ -1,0 +1,36 @@
+# One command a habit. Everything runs in .venv, which `make install` makes and keeps up to date.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-fast check lint format install clean
+
+demo: install  ## distils the tiny teacher into the tiny student
+	$(BIN)/scope run deploy/runs/demo.yaml
+
+test: install  ## every test that needs no GPU
+	$(BIN)/python -m pytest
+
+test-fast: install  ## the everyday part: no cluster, no training
+	$(BIN)/python -m pytest -m "not slow"
+
+check: install  ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(VENV)/installed
+
+# Rebuilt only when what it was made from changes, so a second run installs nothing.
+$(VENV)/installed: pyproject.toml constraints.txt deploy/install.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" sh deploy/install.sh
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,112 @@
+"""The `scope` command. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploy.config import ConfigError, dump, load, load_teacher
+
+app = typer.Typer(
+    help="SCOPE: on-policy distillation of reasoning models as a distributed service.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="A run's YAML config.")]
+RunDir = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides: section.key=value …", show_default=False)
+]
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train: prompts in, a better student out."""
+    settings = load(config, overrides or ())
+    _execute(settings, directory=None)
+
+
+@app.command()
+def resume(run_dir: RunDir) -> None:
+    """Continue an interrupted run from its last checkpoint."""
+    _execute(load(run_dir / "config.yaml"), directory=run_dir)
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the resolved config and check models and data; starts nothing."""
+    settings = load(config, overrides or ())
+    typer.echo(dump(settings))
+    from deploy import preflight
+
+    found = preflight.check(settings)
+    for warning in found.warnings:
+        typer.echo(f"note: {warning}", err=True)
+    typer.echo(
+        f"ok: {found.total_groups} prompts in all, "
+        f"{-(-found.total_groups // settings.trainer.groups_per_step)} steps",
+        err=True,
+    )
+
+
+@app.command()
+def teacher(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Serve the teacher alone, over REST; keys from SCOPE_TEACHER_KEYS (comma-separated)."""
+    from deploy.serve import serve_teacher
+
+    serve_teacher(load_teacher(config, overrides or ()))
+
+
+@app.command()
+def status(
+    run_dir: RunDir,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Where every prompt of a run is: fed = trained + dead + in flight."""
+    from deploy.status import read_status, render
+
+    found = asyncio.run(read_status(run_dir))
+    typer.echo(json.dumps(found, indent=2) if as_json else render(found))
+
+
+def _execute(settings: Any, *, directory: Path | None) -> None:
+    from deploy import launch
+    from deploy.console import Console
+
+    with Console() as console:
+        made = launch.start(settings, console, directory=directory)
+        asyncio.run(made.execute())
+    console.results(made.evaluations)
+    console.say(f"run directory:  {made.directory}")
+    console.say(f"exported model: {made.directory / 'export'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; whatever a user can put right ends in one sentence, not a traceback."""
+    try:
+        app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except ConfigError as error:
+        _fail(error)
+    except RuntimeError as error:
+        # The run's own errors are RuntimeErrors by type name; anything else is a fault of ours.
+        if type(error).__module__.partition(".")[0] not in _OURS:
+            raise
+        _fail(error)
+
+
+_OURS = frozenset({"deploy", "services", "rollout", "verifier", "teacher", "trainer"})
+
+
+def _fail(error: Exception) -> None:
+    print(f"scope: {error}", file=sys.stderr)
+    raise SystemExit(1)

@@ -1,0 +1,176 @@
+"""One run's configuration: composes the rooms' configs and holds every check across them.
+
+Imports no torch, no ray and no vllm, so that `scope --help` and a typing error cost nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from rollout.config import DataConfig, RolloutConfig, SamplingConfig
+from services.config import Config, RedisConfig, StageConfig
+from teacher.config import TeacherConfig
+from trainer.config import TrainerConfig
+from verifier.config import VerifierConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; one sentence a problem."""
+
+
+class EvaluationConfig(Config):
+    """Held-out accuracy, measured before and after training on the run's own workers."""
+
+    data: DataConfig
+    sampling: SamplingConfig
+    prompts: int | None = Field(default=None, ge=1)
+    """Only the first so many prompts; None takes all."""
+    timeout_s: float = Field(default=3600.0, gt=0)
+
+
+class RayConfig(Config):
+    """The Ray cluster that the run lives on."""
+
+    address: str | None = None
+    """An existing cluster; None starts one on this machine."""
+    num_cpus: int | None = None
+    """Logical CPUs of a cluster started here; None takes what the machine has."""
+    dashboard: bool = True
+
+
+class RunConfig(Config):
+    """Everything about one run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    student: str
+    """Model directory or hub name of the student."""
+    data: DataConfig
+    sampling: SamplingConfig
+    rollout: RolloutConfig = RolloutConfig()
+    verifier: VerifierConfig
+    teacher: TeacherConfig
+    trainer: TrainerConfig = TrainerConfig()
+    evaluation: EvaluationConfig | None = None
+    redis: RedisConfig = RedisConfig()
+    stage: StageConfig = StageConfig()
+    ray: RayConfig = RayConfig()
+    runs_dir: Path = Path("runs")
+    max_dead_fraction: float = Field(default=0.01, ge=0, le=1)
+    """The run stops when more than this fraction of the fed prompts is dead."""
+    allow_different_end_tokens: bool = False
+    """Train although student and teacher end their answers with different tokens."""
+
+    @model_validator(mode="after")
+    def _across(self) -> RunConfig:
+        if self.evaluation and self.evaluation.data.epochs != 1:
+            raise ValueError("evaluation.data.epochs must be 1")
+        if self.ray.address and self.redis.url is None:
+            raise ValueError(
+                "a run on an existing cluster needs redis.url: the private server can be "
+                "reached from this machine only"
+            )
+        return self
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML config and applies `section.key=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: unreadable, an unknown key (the nearest one is named) or a bad value.
+    """
+    return _validated(RunConfig, _read(path), overrides, path)
+
+
+def load_teacher(path: Path, overrides: Sequence[str] = ()) -> TeacherConfig:
+    """The `teacher` section of a run's config, or a file that holds just that."""
+    raw = _read(path)
+    raw = raw.get("teacher", raw)
+    return _validated(TeacherConfig, raw, [o.removeprefix("teacher.") for o in overrides], path)
+
+
+def dump(config: BaseModel) -> str:
+    """The resolved config as YAML; loads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+ModelT = typing.TypeVar("ModelT", bound=Config)
+
+
+def _validated(
+    model: type[ModelT], raw: dict[str, Any], overrides: Sequence[str], path: Path
+) -> ModelT:
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        problems = [_sentence(model, problem) for problem in error.errors()]
+        raise ConfigError(f"{path}: " + "; ".join(problems)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no settings")
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"an override is section.key=value, not {override!r}")
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(raw.get(section), dict):
+            raw[section] = {}
+        raw = raw[section]
+    try:
+        raw[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of override {override!r} is not YAML") from None
+
+
+def _sentence(model: type[BaseModel], problem: Any) -> str:
+    """One pydantic error in words, with the nearest key for an unknown one."""
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(model, problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+        return f"unknown key {path!r}{hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}" if path else str(message)
+
+
+def _keys_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """The field names of the config section at `path`."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        section = _section(field.annotation) if field else None
+        if section is None:
+            return []
+        model = section
+    return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation):
+        found = [_section(argument) for argument in typing.get_args(annotation)]
+        return next((section for section in found if section), None)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None

@@ -1,0 +1,19 @@
+#!/bin/sh
+# Makes the virtual environment that every make target uses, from the pinned set in
+# constraints.txt. Says in one sentence what is missing.
+set -eu
+
+fail() { echo "install: $1" >&2; exit 1; }
+
+command -v "$PYTHON" >/dev/null 2>&1 || fail "no $PYTHON found: install Python 3.11 or later (apt-get install python3), or set PYTHON."
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$PYTHON is older than 3.11: set PYTHON to a later one."
+"$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || fail "$PYTHON cannot make virtual environments: apt-get install python3-venv."
+
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV" || fail "cannot make a virtual environment in $VENV."
+pip() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+
+# torch first and alone: asked for later, as somebody's requirement, it could be another build.
+pip -c constraints.txt torch || fail "torch could not be installed: see the message above."
+pip -c constraints.txt -e '.[dev]' || fail "the dependencies could not be installed: see the message above."
+"$VENV/bin/python" -c 'import ray, torch, transformers, redis' || fail "the installed packages do not import: remove $VENV and try again."
+touch "$VENV/installed"

@@ -1,0 +1,389 @@
+"""One run, from nothing to an exported student: starts every part, watches over them, and ends.
+
+    Redis ─▶ Ray ─▶ weight store ─▶ teacher (Serve) ─▶ workers ─▶ learner (Ray Train)
+                                                                        │
+    evaluate before ─▶ feed ─▶ watch: restart the dead, stop on faults ◀┘ ─▶ evaluate after
+
+The run directory belongs to the driver alone, and is all that `scope resume` needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train import TrainingFailedError
+
+from deploy.config import RunConfig, dump
+from deploy.console import Console
+from deploy.evaluate import Result, evaluate
+from deploy.preflight import Preflight, check
+from deploy.status import write_snapshot
+from rollout.feeder import Feeder
+from rollout.worker import RolloutWorker
+from services.config import Resources
+from services.metrics import Recorder
+from services.redis_server import EmbeddedRedis, resolve_url
+from services.stage import EVAL, Connection
+from services.streams import Ledger, Streams
+from services.weight_store import start_store
+from teacher.app import deploy_teacher
+from teacher.worker import TeacherWorker
+from trainer.loop import LoopConfig, trainer
+from trainer.objectives import objective
+from trainer.reader import describe
+from verifier.worker import VerifierWorker
+
+log = logging.getLogger(__name__)
+
+_WATCH_S = 0.5
+_RESTARTS, _RESTART_PAUSE_S = 20, 1.0
+
+
+class RunFailed(RuntimeError):
+    """The run stopped; the message says what broke and how to go on."""
+
+
+@dataclass
+class Worker:
+    """One actor of a stage and the task that runs it."""
+
+    name: str
+    start: Callable[[], Any]  # a new actor handle
+    actor: Any = None
+    task: asyncio.Future[None] | None = None
+    restarts: int = 0
+
+
+@dataclass
+class Run:
+    """A run in progress. `execute` is its life; everything else is one phase of it."""
+
+    config: RunConfig
+    directory: Path
+    console: Console
+    preflight: Preflight
+    workers: list[Worker] = field(default_factory=list)
+    evaluations: dict[str, Result] = field(default_factory=dict)
+
+    async def execute(self) -> None:
+        """Runs to the end.
+
+        Raises:
+            RunFailed: a part failed for good; what was trained is in the last checkpoint.
+        """
+        async with AsyncExitStack() as stack:
+            connection = self._start_redis(stack)
+            self._start_ray(stack)
+            streams = connection.streams()
+            stack.push_async_callback(streams.redis.aclose)
+            await self._prepare_streams(streams, connection)
+            store = start_store(f"{self.config.name}-weights")
+            teacher_url, key = await self._start_teacher()
+            self._start_workers(connection, store, teacher_url, key)
+            stack.push_async_callback(self._stop_workers)
+            learner = self._start_learner(connection, store)
+            recorder = stack.enter_context(Recorder(self.directory))
+            watch = asyncio.create_task(self._watch(streams, recorder, learner))
+            stack.callback(watch.cancel)
+            await self._phases(connection, learner, watch)
+            await self._record(streams, recorder)
+            await self._snapshot(streams)
+
+    async def _phases(
+        self, connection: Connection, learner: asyncio.Future[None], watch: asyncio.Task[None]
+    ) -> None:
+        """Evaluate, train, evaluate; a fault that the watch finds ends each of them."""
+        await _unless(watch, self._evaluate(connection, "before", version=0))
+        feeder = Feeder(
+            connection,
+            self.preflight.train,
+            total=self.preflight.total_groups,
+            groups_per_step=self.config.trainer.groups_per_step,
+            max_staleness=self.config.trainer.max_staleness,
+        )
+        self.console.say(f"training on {self.preflight.total_groups} prompts")
+        await _unless(watch, feeder.run())
+        await _unless(watch, self._trained(learner))
+        streams = connection.streams()
+        final = (await streams.ledger()).step
+        await streams.redis.aclose()
+        await _unless(watch, self._evaluate(connection, "after", version=final))
+
+    # ---------------------------------------------------------------------------- starting
+
+    def _start_redis(self, stack: AsyncExitStack) -> Connection:
+        url = resolve_url(self.config.redis)
+        if url is None:
+            server = EmbeddedRedis(self.directory / "redis")
+            server.start()
+            stack.callback(server.stop)
+            url = server.url
+            self.console.say(f"Redis: private server, data in {server.directory}")
+        return Connection(url, self.config.name, self.config.stage)
+
+    def _start_ray(self, stack: AsyncExitStack) -> None:
+        settings = self.config.ray
+        # Ray's own uv and working-directory tricks are off: workers import what is installed.
+        context = ray.init(
+            address=settings.address,
+            num_cpus=settings.num_cpus if settings.address is None else None,
+            include_dashboard=settings.dashboard if settings.address is None else None,
+            namespace=f"scope-{self.config.name}",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+        stack.callback(ray.shutdown)
+        if context.dashboard_url:
+            self.console.say(f"Ray dashboard: http://{context.dashboard_url}")
+
+    async def _prepare_streams(self, streams: Streams, connection: Connection) -> None:
+        await streams.create()
+        evaluation = connection.streams(EVAL)
+        # What an interrupted evaluation left behind belongs to no one now.
+        await evaluation.redis.delete(
+            *[evaluation.key(n) for n in ("ledger", "dead", "prompts", "rollouts", "verified")]
+        )
+        await evaluation.create()
+        await evaluation.redis.aclose()
+
+    async def _start_teacher(self) -> tuple[str, str]:
+        self.console.say(f"teacher: loading {self.config.teacher.model}")
+        keys = [k for k in os.environ.get("SCOPE_TEACHER_KEYS", "").split(",") if k]
+        keys = keys or [secrets.token_urlsafe(24)]
+        url = await asyncio.to_thread(
+            deploy_teacher, self.config.teacher, keys, name=f"{self.config.name}-teacher"
+        )
+        self.console.say(f"teacher: serving at {url}")
+        return url, keys[0]
+
+    def _start_workers(self, connection: Connection, store: Any, url: str, key: str) -> None:
+        config = self.config
+        need = objective(config.trainer.objective).teacher
+
+        def role(name: str, cls: type[Any], count: int, resources: Resources, *args: Any) -> None:
+            for number in range(count):
+                worker = f"{config.name}-{name}-{number}"
+                self.workers.append(
+                    Worker(worker, lambda w=worker: _actor(cls, resources, w, *args, w))
+                )
+
+        role("rollout", RolloutWorker, config.rollout.workers, config.rollout.resources,
+             connection, config.rollout, config.student, store)  # fmt: skip
+        role("verifier", VerifierWorker, config.verifier.workers, config.verifier.resources,
+             connection, config.verifier)  # fmt: skip
+        role("scorer", TeacherWorker, config.teacher.workers, Resources(cpus=0.0),
+             connection, config.teacher, url, key, need, self.preflight.teacher.model)  # fmt: skip
+        for worker in self.workers:
+            _launch(worker)
+
+    def _start_learner(self, connection: Connection, store: Any) -> asyncio.Future[None]:
+        made = trainer(
+            LoopConfig(
+                connection=connection,
+                trainer=self.config.trainer,
+                student=self.config.student,
+                temperature=self.config.sampling.temperature,
+                total_groups=self.preflight.total_groups,
+                run_dir=self.directory.resolve(),
+                weight_store=store,
+                seed=self.config.seed,
+            )
+        )
+        return _in_thread(made.fit)
+
+    async def _trained(self, learner: asyncio.Future[None]) -> None:
+        try:
+            await learner
+        except TrainingFailedError as error:
+            raise RunFailed(
+                f"the learner failed: {_root(error)}; continue with: scope resume {self.directory}"
+            ) from error
+
+    # ---------------------------------------------------------------------------- watching
+
+    async def _watch(
+        self, streams: Streams, recorder: Recorder, learner: asyncio.Future[None]
+    ) -> None:
+        """Until cancelled: restarts dead workers, records metrics, and raises what ends a run."""
+        last_step, last_progress = -1, time.monotonic()
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            for worker in self.workers:
+                await self._revive(worker)
+            await self._record(streams, recorder)
+            ledger = await self._snapshot(streams)
+            self.console.progress(ledger, self.preflight.total_groups)
+            if ledger.step != last_step or ledger.in_flight == 0:
+                last_step, last_progress = ledger.step, time.monotonic()
+            self._stop_on_faults(ledger, time.monotonic() - last_progress)
+
+    def _stop_on_faults(self, ledger: Ledger, quiet_s: float) -> None:
+        resume = f"continue with: scope resume {self.directory}"
+        if ledger.dead > self.config.max_dead_fraction * max(ledger.fed, 1) and ledger.dead > 0:
+            raise RunFailed(
+                f"{ledger.dead} of {ledger.fed} prompts are dead, more than max_dead_fraction "
+                f"({self.config.max_dead_fraction:g}) allows; see what broke them with: "
+                f"scope dead {self.directory}; then {resume}"
+            )
+        if quiet_s > self.config.trainer.stall_timeout_s:
+            slowest = max(ledger.age_s, key=lambda name: ledger.age_s[name])
+            raise RunFailed(
+                f"no gradient step for {quiet_s:.0f} s; the slowest stage is the one that reads "
+                f"{slowest!r} ({describe(ledger)}); {resume}"
+            )
+
+    async def _revive(self, worker: Worker) -> None:
+        """Restarts a worker whose process died; a worker that failed by itself ends the run."""
+        if worker.task is None or not worker.task.done():
+            return
+        error = worker.task.exception()
+        if isinstance(error, RayTaskError):
+            raise RunFailed(
+                f"{worker.name} stopped: {error.cause or error}; continue with: "
+                f"scope resume {self.directory}"
+            )
+        if not isinstance(error, RayActorError):
+            return
+        worker.restarts += 1
+        if worker.restarts > _RESTARTS:
+            raise RunFailed(f"{worker.name} died {worker.restarts} times; the last time: {error}")
+        log.warning("%s died and is started again: %s", worker.name, error)
+        self.console.say(f"{worker.name} died; starting it again")
+        await asyncio.sleep(_RESTART_PAUSE_S)
+        _launch(worker)
+
+    async def _record(self, streams: Streams, recorder: Recorder) -> None:
+        """Moves the learner's records from Redis to the run directory."""
+        key = streams.key("metrics")
+        entries: Any = await streams.redis.xrange(key)
+        for entry, fields in entries:
+            record = json.loads(fields[b"record"])
+            recorder.write(record)
+            self.console.step(record)
+            await streams.redis.xdel(key, entry)
+
+    async def _snapshot(self, streams: Streams) -> Ledger:
+        """Leaves the ledger in the run directory, where it is found when Redis is gone."""
+        ledger = await streams.ledger()
+        write_snapshot(self.directory, ledger)
+        return ledger
+
+    # ------------------------------------------------------------------- evaluating, ending
+
+    async def _evaluate(self, connection: Connection, label: str, *, version: int) -> None:
+        source, config = self.preflight.heldout, self.config.evaluation
+        if source is None or config is None:
+            return
+        self.console.say(f"evaluating {label} training: {len(source)} held-out prompts")
+        result = await evaluate(connection, source, config, version=version)
+        result.write(self.directory, label)
+        self.evaluations[label] = result
+
+    async def _stop_workers(self) -> None:
+        for worker in self.workers:
+            with suppress(RayActorError):
+                worker.actor.stop.remote()
+        tasks = [w.task for w in self.workers if w.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=10.0)
+
+
+def start(config: RunConfig, console: Console, *, directory: Path | None = None) -> Run:
+    """Checks the configuration and prepares its run directory (an existing one to resume)."""
+    preflight = check(config)
+    for warning in preflight.warnings:
+        console.say(f"note: {warning}")
+    if directory is None:
+        directory = _new_directory(config)
+        config = config.model_copy(update={"name": directory.name})
+        (directory / "config.yaml").write_text(dump(config))
+    console.say(f"run directory: {directory}")
+    return Run(config, directory, console, preflight)
+
+
+def _new_directory(config: RunConfig) -> Path:
+    """`runs/<name>`, or with a number behind it: an earlier run is never written over."""
+    number = 1
+    while True:
+        directory = config.runs_dir / (config.name if number == 1 else f"{config.name}-{number}")
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return directory
+
+
+def _actor(cls: type[Any], resources: Resources, name: str, *args: Any) -> Any:
+    return (
+        ray.remote(cls)
+        .options(num_cpus=resources.cpus, num_gpus=resources.gpus, name=name, max_restarts=0)
+        .remote(*args)
+    )
+
+
+def _launch(worker: Worker) -> None:
+    with suppress(RayActorError, ValueError):
+        ray.kill(ray.get_actor(worker.name))  # the name of a dead actor may linger
+    worker.actor = worker.start()
+    worker.task = asyncio.ensure_future(_finished(worker.actor))
+
+
+async def _finished(actor: Any) -> None:
+    await actor.run.remote()
+
+
+async def _unless(watch: asyncio.Task[None], work: Awaitable[None]) -> None:
+    """Waits for `work`; a fault that `watch` finds meanwhile ends it."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+    if watch.done():
+        task.cancel()
+        watch.result()
+    task.result()
+
+
+def _root(error: BaseException) -> str:
+    """The last line of what an error was caused by: Ray wraps it several times."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _in_thread(work: Callable[[], object]) -> asyncio.Future[None]:
+    """Runs blocking `work` on a daemon thread: unlike asyncio's own threads, one that never
+    comes back does not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    def main() -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as caught:  # carried over to whoever awaits the future
+            error = caught
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=main, daemon=True, name="learner").start()
+    return future

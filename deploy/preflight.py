@@ -1,0 +1,69 @@
+"""What is checked before anything starts: one sentence for each thing that would go wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deploy.config import ConfigError, RunConfig
+from rollout.prompts import PromptSource, load_rows
+from services.models import Fingerprint, ModelError, differences, fingerprint, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the checks found out, for the run that follows."""
+
+    student: Fingerprint
+    teacher: Fingerprint
+    train: PromptSource
+    heldout: PromptSource | None
+    total_groups: int
+    warnings: list[str]
+
+
+def check(config: RunConfig) -> Preflight:
+    """Reads models' metadata and data; loads no weights and starts nothing.
+
+    Raises:
+        ConfigError: the run cannot work; the message says everything that is wrong.
+    """
+    try:
+        student, teacher = fingerprint(config.student), fingerprint(config.teacher.model)
+        tokenizer = load_tokenizer(config.student)
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    problems, warnings = _models(config, student, teacher)
+    train = PromptSource(
+        load_rows(config.data, tokenizer), config.sampling, seed=config.seed, data=config.data
+    )
+    heldout = None
+    if config.evaluation:
+        data, sampling = config.evaluation.data, config.evaluation.sampling
+        heldout = PromptSource(
+            load_rows(data, tokenizer), sampling, seed=config.seed + 1, data=data
+        )
+    total = len(train)
+    if config.trainer.max_steps is not None:
+        total = min(total, config.trainer.max_steps * config.trainer.groups_per_step)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return Preflight(student, teacher, train, heldout, total, warnings)
+
+
+def _models(
+    config: RunConfig, student: Fingerprint, teacher: Fingerprint
+) -> tuple[list[str], list[str]]:
+    found = differences(student, teacher)
+    warnings = [found.pop("chat_template")] if "chat_template" in found else []
+    if config.allow_different_end_tokens and "end_tokens" in found:
+        warnings.append(found.pop("end_tokens"))
+    elif "end_tokens" in found:
+        found["end_tokens"] += " (allow_different_end_tokens: true trains all the same)"
+    for role, model in (("student", student), ("teacher", teacher)):
+        longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+        if model.context_length and longest > model.context_length:
+            found[f"{role}_context"] = (
+                f"data.max_prompt_tokens + sampling.max_tokens is {longest}, past the {role}'s "
+                f"context of {model.context_length}"
+            )
+    return list(found.values()), warnings

@@ -1,0 +1,35 @@
+"""`scope teacher`: the teacher endpoint alone, until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+import ray
+
+from deploy.config import ConfigError
+from services.models import ModelError, fingerprint
+from teacher.app import deploy_teacher
+from teacher.config import TeacherConfig
+
+
+def serve_teacher(config: TeacherConfig) -> None:
+    """Serves `config.model` over REST; returns after Ctrl-C or SIGTERM."""
+    keys = [key for key in os.environ.get("SCOPE_TEACHER_KEYS", "").split(",") if key]
+    try:
+        fingerprint(config.model)  # a wrong path is said at once, not after Ray has started
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    ray.init(namespace="scope-teacher", log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        url = deploy_teacher(config, keys, name="teacher")
+        access = "with a bearer key" if keys else "without a key (SCOPE_TEACHER_KEYS is not set)"
+        print(f"serving {config.model} at {url} {access}; stop with Ctrl-C", flush=True)
+        stopped = threading.Event()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda *_: stopped.set())
+        stopped.wait()
+    finally:
+        ray.shutdown()

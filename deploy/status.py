@@ -1,0 +1,92 @@
+"""`scope status`: reads a run's ledger from Redis, or, when the run is over, from its directory."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from deploy.config import ConfigError, load
+from services.redis_server import connect, resolve_url
+from services.streams import Ledger, Streams
+
+
+async def read_status(run_dir: Path) -> dict[str, Any]:
+    """The ledger, and what each worker last reported.
+
+    Raises:
+        ConfigError: not a run directory.
+    """
+    config = load(run_dir / "config.yaml")
+    address = run_dir / "redis" / "url"
+    url = resolve_url(config.redis) or (address.read_text() if address.exists() else None)
+    if url is not None:
+        streams = Streams(connect(url, retries=1), config.name)
+        try:
+            ledger = await streams.ledger()
+            return {
+                **summary(ledger),
+                "workers": await streams.reports(),
+                "as_of": time.time(),
+                "live": True,
+            }
+        except (RedisConnectionError, RedisError, OSError) as error:
+            if config.redis.url:
+                raise ConfigError(f"Redis of {run_dir} cannot be reached: {error}") from None
+        finally:
+            await streams.redis.aclose()
+    return _last_known(run_dir)
+
+
+def render(status: dict[str, Any]) -> str:
+    """The status as lines to read."""
+    when = time.strftime("%F %T", time.localtime(status["as_of"]))
+    lines = [
+        f"step {status['step']}  fed {status['fed']} = trained {status['trained']} + dead "
+        f"{status['dead']} + in flight {status['in_flight']}"
+        + ("" if status["live"] else f"  (not running; as of {when})")
+    ]
+    for name, stream in status["streams"].items():
+        lines.append(f"  {name:<9} {stream['depth']:>6}  oldest {stream['age_s']:.1f} s")
+    for name, report in sorted(status["workers"].items()):
+        quiet = status["as_of"] - report["at"]
+        if quiet < 60:
+            lines.append(f"  {name}: {report['done']} done, {report['active']} in work")
+            if report["waiting_for"]:
+                waited = status["as_of"] - report["waiting_since"]
+                lines.append(f"    waiting for {waited:.0f} s: {report['waiting_for']}")
+    return "\n".join(lines)
+
+
+def summary(ledger: Ledger) -> dict[str, Any]:
+    """The ledger as `scope status --json` prints it."""
+    return {
+        "fed": ledger.fed,
+        "trained": ledger.trained,
+        "dead": ledger.dead,
+        "in_flight": ledger.in_flight,
+        "step": ledger.step,
+        "consumed": ledger.consumed,
+        "streams": {
+            name: {"depth": depth, "age_s": round(ledger.age_s[name], 3)}
+            for name, depth in ledger.depth.items()
+        },
+    }
+
+
+def write_snapshot(run_dir: Path, ledger: Ledger) -> None:
+    """Keeps the ledger in the run directory, whole or not at all, for when Redis is gone."""
+    temporary = run_dir / ".ledger.json.tmp"
+    temporary.write_text(json.dumps({**summary(ledger), "as_of": time.time()}))
+    temporary.rename(run_dir / "ledger.json")
+
+
+def _last_known(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / "ledger.json"
+    if not file.exists():
+        raise ConfigError(f"{run_dir} has no ledger yet: the run has not started its work")
+    return {**json.loads(file.read_text()), "workers": {}, "live": False}

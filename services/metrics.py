@@ -1,0 +1,68 @@
+"""A run's metrics: `metrics.jsonl` and TensorBoard files, one record a gradient step.
+
+The learner leaves each step's record in Redis and the driver writes it here, so that the run
+directory has one writer, wherever the learner is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class Recorder:
+    """Appends records to a run directory. A step that is trained again after a crash replaces
+    its first record, so the file always holds the surviving history."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._path = run_dir / "metrics.jsonl"
+        self._last_step = max((r["step"] for r in read(run_dir)), default=0)
+        self._file = self._path.open("a", buffering=1)
+        self._tensorboard: Any = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one record; `record["step"]` is its gradient step."""
+        step = int(record["step"])
+        if step <= self._last_step:
+            self._drop_from(step)
+        self._last_step = step
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if "/" in name and isinstance(value, int | float) and math.isfinite(value):
+                self._tensorboard.add_scalar(name, value, step)
+
+    def _drop_from(self, step: int) -> None:
+        self._file.close()
+        kept = [line for line in self._path.read_text().splitlines() if _step(line) < step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.rename(self._path)
+        self._file = self._path.open("a", buffering=1)
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """All whole records of a run; a line torn by a crash is left out."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _step(line: str) -> float:
+    return float(json.loads(line)["step"]) if line.endswith("}") else math.inf

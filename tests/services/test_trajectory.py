@@ -1,0 +1,143 @@
+"""The wire forms: everything comes back, and nothing but what was written is accepted."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from services.trajectory import (
+    Finish,
+    Item,
+    Outcome,
+    Prompt,
+    RolloutGroup,
+    Sampling,
+    ScoredGroup,
+    Trajectory,
+    Verdict,
+    VerifiedGroup,
+    WireError,
+    decode,
+    encode,
+)
+
+ids = arrays(np.int32, st.integers(0, 20), elements=st.integers(0, 2**31 - 1))
+
+
+def logprobs(size: int) -> st.SearchStrategy[Any]:
+    return arrays(np.float32, size, elements=st.floats(-(2.0**100), 0, width=32))
+
+
+prompts = st.builds(
+    Prompt,
+    id=st.text(),
+    order=st.integers(0, 2**40),
+    token_ids=ids,
+    data_source=st.text(),
+    reference=st.text(),
+    sampling=st.builds(
+        Sampling,
+        n=st.integers(1, 64),
+        max_tokens=st.integers(1, 10**6),
+        temperature=st.floats(0.01, 5),
+        top_p=st.just(1.0),
+        seed=st.integers(0, 2**63),
+    ),
+    min_weight_version=st.integers(0, 10**6),
+)
+
+
+@st.composite
+def trajectories(draw: st.DrawFn) -> Trajectory:
+    tokens = draw(ids)
+    finish = draw(st.sampled_from(get_args(Finish)))
+    return Trajectory(tokens, draw(logprobs(len(tokens))), finish, draw(st.text()))
+
+
+rollouts = st.builds(
+    RolloutGroup,
+    prompt=prompts,
+    trajectories=st.lists(trajectories(), max_size=5).map(tuple),
+    weight_version=st.integers(0, 10**6),
+)
+
+
+@st.composite
+def verified_groups(draw: st.DrawFn) -> VerifiedGroup:
+    rollout = draw(rollouts)
+    verdict = st.builds(Verdict, st.sampled_from(get_args(Outcome)), st.text())
+    return VerifiedGroup(rollout, tuple(draw(verdict) for _ in rollout.trajectories))
+
+
+@st.composite
+def scored_groups(draw: st.DrawFn) -> ScoredGroup:
+    verified = draw(verified_groups())
+    lengths = [len(t.token_ids) for t in verified.rollout.trajectories]
+    places = draw(st.lists(st.sampled_from(range(len(lengths))), unique=True)) if lengths else []
+    scores = {i: draw(logprobs(lengths[i])) for i in places}
+    return ScoredGroup(verified, scores, draw(st.text()))
+
+
+items: st.SearchStrategy[Item] = st.one_of(prompts, rollouts, verified_groups(), scored_groups())
+
+
+def assert_same(got: object, expected: object) -> None:
+    """Equality through arrays, which compare element by element."""
+    if isinstance(expected, np.ndarray):
+        assert isinstance(got, np.ndarray)
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(got, expected)
+    elif isinstance(expected, tuple):
+        assert isinstance(got, tuple)
+        for g, e in zip(got, expected, strict=True):
+            assert_same(g, e)
+    elif isinstance(expected, dict):
+        assert isinstance(got, dict)
+        assert sorted(got) == sorted(expected)
+        for key in expected:
+            assert_same(got[key], expected[key])
+    elif hasattr(expected, "__slots__"):
+        assert type(got) is type(expected)
+        for name in expected.__slots__:
+            assert_same(getattr(got, name), getattr(expected, name))
+    else:
+        assert got == expected
+
+
+@given(items)
+def test_round_trip(item: Item) -> None:
+    assert_same(decode(type(item), encode(item)), item)
+
+
+@given(items, st.data())
+def test_truncated_bytes_are_a_wire_error(item: Item, data: st.DataObject) -> None:
+    blob = encode(item)
+    cut = data.draw(st.integers(0, len(blob) - 1))
+    with pytest.raises(WireError):
+        decode(type(item), blob[:cut])
+
+
+@given(items, st.data())
+def test_a_corrupted_byte_is_a_wire_error(item: Item, data: st.DataObject) -> None:
+    blob = bytearray(encode(item))
+    place = data.draw(st.integers(0, len(blob) - 1))
+    blob[place] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(WireError):
+        decode(type(item), bytes(blob))
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_are_a_wire_error(blob: bytes) -> None:
+    with pytest.raises(WireError):
+        decode(ScoredGroup, blob)
+
+
+@given(rollouts)
+def test_an_item_of_another_stage_is_a_wire_error(item: RolloutGroup) -> None:
+    with pytest.raises(WireError, match="expected a ScoredGroup, found 'RolloutGroup'"):
+        decode(ScoredGroup, encode(item))
