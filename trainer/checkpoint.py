@@ -63,7 +63,8 @@ def save(
     temporary.mkdir(parents=True)
     export(temporary / "model", model, tokenizer)
     torch.save(trainer, temporary / "trainer.pt")
-    (temporary / "state.json").write_text(json.dumps(asdict(progress)))
+    state = {"progress": asdict(progress), "files": _sizes(temporary)}
+    (temporary / "state.json").write_text(json.dumps(state))
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
     shutil.rmtree(final, ignore_errors=True)  # a torn one that `latest` passed over
@@ -78,13 +79,11 @@ def latest(directory: Path) -> Checkpoint | None:
     """The newest whole checkpoint; torn ones are passed over and named in the log."""
     for path in sorted(directory.glob("step-*"), reverse=True):
         try:
-            if not any((path / "model").glob("*.safetensors")):
-                raise OSError("it has no weights")
-            return Checkpoint(
-                path,
-                Progress(**json.loads((path / "state.json").read_text())),
-                torch.load(path / "trainer.pt", weights_only=True),
-            )
+            state = json.loads((path / "state.json").read_text())
+            if _sizes(path) != state["files"]:
+                raise OSError("files are missing or cut short")
+            trainer = torch.load(path / "trainer.pt", weights_only=True)
+            return Checkpoint(path, Progress(**state["progress"]), trainer)
         except _UNUSABLE as error:
             log.warning("checkpoint %s cannot be used (%s): trying the one before", path, error)
     return None
@@ -99,6 +98,14 @@ def export(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     finally:
         model.config._attn_implementation = packed
     tokenizer.save_pretrained(path)
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    return {
+        str(file.relative_to(directory)): file.stat().st_size
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.name != "state.json"
+    }
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import redis
+
+from services.config import RedisConfig
+from services.redis_server import EmbeddedRedis, resolve_url
+
+
+def wait_gone(pid: int) -> None:
+    """Until the process is gone or a zombie; the test's own time-out is the deadline."""
+    while Path(f"/proc/{pid}/stat").exists():
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+
+
+def test_nothing_acknowledged_is_lost_by_kill_9(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path)
+    server.start()
+    client = redis.Redis.from_url(server.url)
+    for i in range(100):
+        client.xadd("s", {"i": i})
+    os.kill(server.pid, signal.SIGKILL)
+    wait_gone(server.pid)
+    server.start()
+    assert client.xlen("s") == 100
+    client.close()
+    server.stop()
+    assert not (tmp_path / "url").exists()
+
+
+def test_it_needs_the_password_and_its_files_are_private(tmp_path: Path) -> None:
+    server = EmbeddedRedis(tmp_path)
+    server.start()
+    assert (tmp_path / "redis.conf").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "url").stat().st_mode & 0o077 == 0
+    scheme, _, rest = server.url.partition("://")
+    stranger = redis.Redis.from_url(f"{scheme}://{rest.partition('@')[2]}")
+    with pytest.raises(redis.exceptions.AuthenticationError):
+        stranger.ping()
+    stranger.close()
+    server.stop()
+
+
+def test_it_dies_with_its_parent(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        f"""
+        import pathlib, time
+        from services.redis_server import EmbeddedRedis
+        server = EmbeddedRedis(pathlib.Path({str(tmp_path)!r}))
+        server.start()
+        print(server.pid, flush=True)
+        time.sleep(60)
+        """
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_gone(pid)
+
+
+@pytest.mark.parametrize(
+    ("config", "password", "url"),
+    [
+        ({"url": None}, "x", None),
+        ({"url": "redis://h:1/0"}, None, "redis://h:1/0"),
+        ({"url": "rediss://h:1"}, "p@ss", "rediss://:p%40ss@h:1"),
+        ({"url": "rediss://h:1", "username": "u"}, "p", "rediss://u:p@h:1"),
+        ({"url": "redis://u:own@h:1"}, "other", "redis://u:own@h:1"),
+    ],
+)
+def test_credentials_come_from_the_environment(
+    config: dict[str, str], password: str | None, url: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SCOPE_REDIS_PASSWORD", raising=False)
+    if password:
+        monkeypatch.setenv("SCOPE_REDIS_PASSWORD", password)
+    assert resolve_url(RedisConfig(**config)) == url  # type: ignore[arg-type]
+
+
+def test_a_password_file_wins(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("from-file\n")
+    config = RedisConfig(url="redis://h", password_file=tmp_path / "secret")
+    assert resolve_url(config) == "redis://:from-file@h"

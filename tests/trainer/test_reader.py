@@ -1,0 +1,97 @@
+"""The learner's end of the scored stream on a real Redis, with crashes in between."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from services.stage import Connection
+from services.streams import Streams, claim
+from services.trajectory import ScoredGroup, decode, encode
+from tests.builders import scored_group
+from trainer.reader import GroupReader, Stalled
+
+
+async def put(streams: Streams, *groups: ScoredGroup | bytes) -> None:
+    """Lets groups arrive on the scored stream as the teacher stage leaves them."""
+    fed = (await streams.ledger()).fed
+    payloads = [g if isinstance(g, bytes) else encode(g) for g in groups]
+    await streams.feed(payloads, expected_fed=fed, max_in_flight=1000)
+    for item in await claim([streams], "prompts", "w", count=len(groups), block_ms=100):
+        await streams.hand_off(item, "scored", item.payload)
+
+
+def reader(connection: Connection, *, total: int, timeout_s: float = 10.0) -> GroupReader:
+    return GroupReader(
+        connection, need="incorrect", groups_per_step=2, total=total, timeout_s=timeout_s
+    )
+
+
+def orders(step: list[tuple[str, bytes]]) -> list[int]:
+    return [decode(ScoredGroup, payload).prompt.order for _, payload in step]
+
+
+def group(order: int) -> ScoredGroup:
+    return scored_group(["correct", "incorrect"], order=order)
+
+
+async def test_full_steps_then_a_short_one_then_the_end(
+    connection: Connection, streams: Streams
+) -> None:
+    await put(streams, *[group(i) for i in range(3)])
+    source = reader(connection, total=3)
+    await source.start(step=0, contained=[])
+    sizes = []
+    while step := await source.next_step():
+        sizes.append(len(step))
+        await source.trained([entry for entry, _ in step], len(sizes))
+    assert sizes == [2, 1]
+    ledger = await streams.ledger()
+    assert (ledger.consumed, ledger.trained, ledger.step) == (3, 0, 2)
+    await source.settle()
+    assert (await streams.ledger()).trained == 3
+    assert (await streams.ledger()).exact
+
+
+async def test_what_no_checkpoint_contains_is_replayed(
+    connection: Connection, streams: Streams
+) -> None:
+    await put(streams, *[group(i) for i in range(4)])
+    before = reader(connection, total=4)
+    await before.start(step=0, contained=[])
+    first = await before.next_step()
+    await before.trained([entry for entry, _ in first], 1)
+    second = await before.next_step()
+    await before.trained([entry for entry, _ in second], 2)
+    contained = [entry for entry, _ in first]  # a checkpoint of step 1, then kill -9
+
+    after = reader(connection, total=4)
+    await after.start(step=1, contained=contained)
+    assert after.consumed == 2
+    assert orders(await after.next_step()) == orders(second)
+    ledger = await streams.ledger()
+    assert (ledger.trained, ledger.consumed, ledger.step) == (2, 2, 1)
+
+
+async def test_a_group_that_must_not_be_trained_on_is_buried(
+    connection: Connection, streams: Streams
+) -> None:
+    poisoned = group(0)
+    poisoned.teacher_logprobs[1][0] = np.nan
+    await put(streams, poisoned, b"not an item", group(2))
+    source = reader(connection, total=3)
+    await source.start(step=0, contained=[])
+    assert orders(await source.next_step()) == [2]
+    reasons = sorted(d.reason for d in await streams.dead())
+    assert "teacher log-probs of trajectory 1: not finite" in reasons[1]
+    assert "too few for an item" in reasons[0]
+
+
+async def test_waiting_has_a_deadline_and_says_where_the_items_are(
+    connection: Connection, streams: Streams
+) -> None:
+    await streams.feed([b"x"], expected_fed=0, max_in_flight=9)
+    source = reader(connection, total=2, timeout_s=0.2)
+    await source.start(step=0, contained=[])
+    with pytest.raises(Stalled, match=r"for 2 scored groups and has 0: fed 1.*prompts 1 \(oldest"):
+        await source.next_step()
