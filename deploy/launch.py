@@ -10,6 +10,7 @@ The run directory belongs to the driver alone, and is all that `scope resume` ne
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -39,7 +40,7 @@ from services.redis_server import EmbeddedRedis, resolve_url
 from services.stage import EVAL, Connection
 from services.streams import Ledger, Streams
 from services.weight_store import start_store
-from teacher.app import deploy_teacher
+from teacher.serve import deploy_teacher
 from teacher.worker import TeacherWorker
 from trainer.loop import LoopConfig, trainer
 from trainer.objectives import objective
@@ -116,7 +117,7 @@ class Run:
         )
         self.console.say(f"training on {self.preflight.total_groups} prompts")
         await _unless(watch, feeder.run())
-        await _unless(watch, self._trained(learner))
+        await _unless(watch, learner)
         streams = connection.streams()
         final = (await streams.ledger()).step
         await streams.redis.aclose()
@@ -177,7 +178,7 @@ class Run:
             for number in range(count):
                 worker = f"{config.name}-{name}-{number}"
                 self.workers.append(
-                    Worker(worker, lambda w=worker: _actor(cls, resources, w, *args, w))
+                    Worker(worker, functools.partial(_actor, cls, resources, worker, *args))
                 )
 
         role("rollout", RolloutWorker, config.rollout.workers, config.rollout.resources,
@@ -204,9 +205,9 @@ class Run:
         )
         return _in_thread(made.fit)
 
-    async def _trained(self, learner: asyncio.Future[None]) -> None:
+    def _raise_learner_error(self, learner: asyncio.Future[None]) -> None:
         try:
-            await learner
+            learner.result()
         except TrainingFailedError as error:
             raise RunFailed(
                 f"the learner failed: {_root(error)}; continue with: scope resume {self.directory}"
@@ -229,6 +230,8 @@ class Run:
             if ledger.step != last_step or ledger.in_flight == 0:
                 last_step, last_progress = ledger.step, time.monotonic()
             self._stop_on_faults(ledger, time.monotonic() - last_progress)
+            if learner.done():
+                self._raise_learner_error(learner)
 
     def _stop_on_faults(self, ledger: Ledger, quiet_s: float) -> None:
         resume = f"continue with: scope resume {self.directory}"
@@ -303,6 +306,7 @@ class Run:
 
 def start(config: RunConfig, console: Console, *, directory: Path | None = None) -> Run:
     """Checks the configuration and prepares its run directory (an existing one to resume)."""
+    config = _with_absolute_paths(config)  # workers run in directories of their own
     preflight = check(config)
     for warning in preflight.warnings:
         console.say(f"note: {warning}")
@@ -312,6 +316,17 @@ def start(config: RunConfig, console: Console, *, directory: Path | None = None)
         (directory / "config.yaml").write_text(dump(config))
     console.say(f"run directory: {directory}")
     return Run(config, directory, console, preflight)
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Local model directories by their whole path; names on a hub stay as they are."""
+
+    def absolute(model: str) -> str:
+        path = Path(model).expanduser()
+        return str(path.resolve()) if path.is_dir() else model
+
+    teacher = config.teacher.model_copy(update={"model": absolute(config.teacher.model)})
+    return config.model_copy(update={"student": absolute(config.student), "teacher": teacher})
 
 
 def _new_directory(config: RunConfig) -> Path:
@@ -331,7 +346,7 @@ def _actor(cls: type[Any], resources: Resources, name: str, *args: Any) -> Any:
     return (
         ray.remote(cls)
         .options(num_cpus=resources.cpus, num_gpus=resources.gpus, name=name, max_restarts=0)
-        .remote(*args)
+        .remote(*args, name)
     )
 
 
@@ -350,9 +365,9 @@ async def _unless(watch: asyncio.Task[None], work: Awaitable[None]) -> None:
     """Waits for `work`; a fault that `watch` finds meanwhile ends it."""
     task = asyncio.ensure_future(work)
     await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-    if watch.done():
+    if not task.done() or task.exception() is not None:
         task.cancel()
-        watch.result()
+        await watch  # says it better: what failed, and how to go on
     task.result()
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from deploy.config import ConfigError, RunConfig
-from rollout.prompts import PromptSource, load_rows
+from rollout.config import DataConfig, SamplingConfig
+from rollout.prompts import DataError, PromptSource, load_rows
 from services.models import Fingerprint, ModelError, differences, fingerprint, load_tokenizer
 
 
@@ -33,21 +36,25 @@ def check(config: RunConfig) -> Preflight:
     except ModelError as error:
         raise ConfigError(str(error)) from None
     problems, warnings = _models(config, student, teacher)
-    train = PromptSource(
-        load_rows(config.data, tokenizer), config.sampling, seed=config.seed, data=config.data
-    )
+    train = _source(config.data, config.sampling, tokenizer, config.seed)
     heldout = None
-    if config.evaluation:
-        data, sampling = config.evaluation.data, config.evaluation.sampling
-        heldout = PromptSource(
-            load_rows(data, tokenizer), sampling, seed=config.seed + 1, data=data
-        )
+    if (held := config.evaluation) is not None:
+        heldout = _source(held.data, held.sampling, tokenizer, config.seed + 1)
     total = len(train)
     if config.trainer.max_steps is not None:
         total = min(total, config.trainer.max_steps * config.trainer.groups_per_step)
     if problems:
         raise ConfigError("; ".join(problems))
     return Preflight(student, teacher, train, heldout, total, warnings)
+
+
+def _source(
+    data: DataConfig, sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PromptSource:
+    try:
+        return PromptSource(load_rows(data, tokenizer), sampling, seed=seed, data=data)
+    except DataError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _models(

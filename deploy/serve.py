@@ -11,8 +11,8 @@ import ray
 
 from deploy.config import ConfigError
 from services.models import ModelError, fingerprint
-from teacher.app import deploy_teacher
 from teacher.config import TeacherConfig
+from teacher.serve import deploy_teacher
 
 
 def serve_teacher(config: TeacherConfig) -> None:

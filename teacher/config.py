@@ -1,0 +1,54 @@
+"""Settings of the teacher: its model, its server and the workers that ask it. Imports pydantic
+only."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from services.config import Config, Resources
+
+
+class EngineConfig(Config):
+    """What computes the teacher's log-probs."""
+
+    kind: Literal["auto", "vllm", "transformers"] = "auto"
+    """`auto` is vLLM where there is a GPU and vLLM is installed, transformers elsewhere."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto` is bfloat16 on a GPU and float32 elsewhere."""
+    device: str = "auto"
+    """A torch device; `auto` is `cuda` where there is one, `cpu` elsewhere."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """More arguments for vLLM's engine; the transformers engine takes none."""
+
+
+class TeacherConfig(Config):
+    """The teacher: one Ray Serve application, and the stage workers in front of it."""
+
+    model: str
+    """A Hugging Face directory or hub name; also the name that requests call the model by."""
+    engine: EngineConfig = EngineConfig()
+    replicas: int = Field(default=1, ge=1)
+    """Copies of the model; Ray Serve balances requests over them."""
+    resources: Resources = Resources()
+    """What each replica reserves."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than loopback needs at least one API key."""
+    port: int = Field(default=8000, ge=0, le=65_535)
+    """0 takes a free port."""
+    max_sequence_tokens: int | None = Field(default=None, ge=2)
+    """Longest prompt and completion together; None is the model's context length."""
+    batch_tokens: int = Field(default=16_384, ge=1)
+    """Tokens in one forward; a longer sequence goes alone."""
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    """Requests that one replica works on at once, so that forwards fill up; more wait."""
+    workers: int = Field(default=1, ge=1)
+    """Stage workers that carry groups from the verified to the scored stream."""
+    capacity: int = Field(default=16, ge=1)
+    """Groups in flight in one worker; each is one request."""
+    request_timeout_s: float = Field(default=300.0, gt=0)
+    """One request from its first byte to the last of the answer. After it the group waits and
+    is asked for again."""
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    """How long the server may take to load its model and answer."""

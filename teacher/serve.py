@@ -1,0 +1,170 @@
+"""The teacher on Ray Serve: replicas of the REST application behind Serve's HTTP proxy.
+
+    TeacherWorker ──HTTP──▶ Serve proxy (host:port) ──▶ replica: build_app ▶ Scorer ▶ model
+
+The only module of this room that imports Ray.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+import time
+from collections.abc import Iterable
+
+import httpx
+import ray.util
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus
+
+from teacher.app import build_app
+from teacher.auth import KeyRing, require_keys
+from teacher.config import TeacherConfig
+from teacher.scorer import build_scorer, model_card
+
+log = logging.getLogger(__name__)
+
+DEPLOYMENT = "teacher"
+_POLL_S = 0.2
+_HEALTH_TIMEOUT_S = 5.0
+_DRAIN_S = 10.0  # for requests in flight when a replica is told to stop
+
+
+class TeacherFailed(RuntimeError):
+    """The teacher did not come up; the message holds what its replica last said."""
+
+
+class TeacherReplica:
+    """One copy of the model. Serve asks it for its application once the model is loaded, so
+    that the proxy sends no request to a replica that cannot answer."""
+
+    def __init__(self, config: TeacherConfig, keys: KeyRing) -> None:
+        self._info = model_card(config)  # first: it fails at once where loading takes minutes
+        self._scorer = build_scorer(config)
+        self._keys = keys
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._scorer, self._keys, self._info)
+
+
+def deploy_teacher(
+    config: TeacherConfig, keys: Iterable[str], *, name: str, route_prefix: str = "/"
+) -> str:
+    """Deploys the teacher on the Ray cluster at hand and waits until it answers.
+
+    Args:
+        config: what to serve, and where to listen.
+        keys: API keys; only their digests leave this process.
+        name: of the Serve application; one that exists under it is replaced.
+        route_prefix: path under which it is served.
+
+    Returns:
+        The URL for `TeacherClient`.
+
+    Raises:
+        teacher.auth.InsecureAddress: it would listen to other machines without a key.
+        TeacherFailed: it did not start, or not in time.
+    """
+    ring = KeyRing(keys)
+    require_keys(config.host, ring)
+    url = _start_http(config) + route_prefix.rstrip("/")
+    deployment = serve.deployment(
+        serve.ingress()(TeacherReplica),
+        name=DEPLOYMENT,
+        num_replicas=config.replicas,
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=_DRAIN_S,
+        ray_actor_options={
+            "num_cpus": config.resources.cpus,
+            "num_gpus": config.resources.gpus,
+        },
+    )
+    # Not `serve.run`: its wait has no deadline.
+    target = serve.RunTarget(deployment.bind(config, ring), name=name, route_prefix=route_prefix)
+    serve.run_many([target], wait_for_applications_running=False)
+    try:
+        _wait_until_healthy(name, url, config.start_timeout_s)
+    except TeacherFailed:
+        serve.delete(name, _blocking=False)  # or it would be started again and again
+        raise
+    log.info("the teacher %s is served at %s", config.model, url)
+    return url
+
+
+def _start_http(config: TeacherConfig) -> str:
+    """Starts Serve's HTTP proxy, once a cluster, and returns its address."""
+    running = _get_global_client(raise_if_no_controller_running=False)
+    if running is not None:
+        # Serve would ignore other options with no more than a warning. There is no public way
+        # to ask where its proxy listens.
+        host, port = running.http_config.host, running.http_config.port
+        if host != config.host or config.port not in (0, port):
+            raise TeacherFailed(
+                f"Ray Serve already listens on {host}:{port} in this cluster and cannot also "
+                f"listen on {config.host}:{config.port}"
+            )
+    else:
+        host, port = config.host, config.port or _free_port(config.host)
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={
+                "host": host,
+                "port": port,
+                "request_timeout_s": config.request_timeout_s,
+            },
+        )
+    return f"http://{_reachable(host)}:{port}"
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _reachable(host: str) -> str:
+    """How workers, on this node or another, name the address that the proxy listens on."""
+    if host in ("0.0.0.0", "::"):
+        host = ray.util.get_node_ip_address()
+    try:
+        return f"[{host}]" if ipaddress.ip_address(host).version == 6 else host
+    except ValueError:  # a host name
+        return host
+
+
+def _wait_until_healthy(name: str, url: str, timeout_s: float) -> None:
+    """Waits until `/health` answers through the proxy, or Serve gives the application up."""
+    started = time.monotonic()
+    said = "nothing"
+    while time.monotonic() - started < timeout_s:
+        application = serve.status().applications.get(name)
+        if application is not None:
+            replica = application.deployments.get(DEPLOYMENT)
+            said = (replica.message if replica else "") or application.message or said
+            if application.status == ApplicationStatus.DEPLOY_FAILED:
+                log.error("the teacher's replica failed to start: %s", said)
+                raise TeacherFailed(f"the teacher at {url} failed to start: {_gist(said)}")
+        if application is not None and application.status == ApplicationStatus.RUNNING:
+            try:
+                answer = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S)
+            except httpx.HTTPError as error:
+                said = f"{url}/health cannot be reached: {error}"
+            else:
+                if answer.is_success:
+                    return
+                said = f"{url}/health answered {answer.status_code}: {answer.text[:300]}"
+        time.sleep(_POLL_S)
+    raise TeacherFailed(
+        f"the teacher at {url} was not healthy within {timeout_s:g} s; it last said: {_gist(said)}"
+    )
+
+
+def _gist(said: str) -> str:
+    """The last line: of a traceback it is the error, and Serve's other messages have but one."""
+    return said.strip().rpartition("\n")[2]

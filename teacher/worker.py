@@ -1,0 +1,104 @@
+"""The teacher's stage: verified groups in, groups with the teacher's log-probs out.
+
+verified ──▶ only the trajectories that the objective needs ──REST──▶ teacher
+   scored ◀── all of the group, with checked log-probs ◀──────────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from services.stage import Connection, Stage
+from services.trajectory import Outcome, ScoredGroup, VerifiedGroup, decode, encode
+from teacher.client import TeacherClient
+from teacher.config import TeacherConfig
+
+Need: TypeAlias = Literal["incorrect", "all", "none"]
+
+# An unknown verdict enters no path of any objective, so it is never paid for.
+_OUTCOMES: Mapping[Need, tuple[Outcome, ...]] = {
+    "incorrect": ("incorrect",),
+    "all": ("correct", "incorrect"),
+    "none": (),
+}
+
+
+class TeacherWorker:
+    """Moves groups from `verified` to `scored`.
+
+    Args:
+        connection: the run.
+        config: capacity and time-outs.
+        url, key: where the teacher is, and what it asks for.
+        need: which trajectories the objective wants scored.
+        expected_fingerprint: the only model whose scores are taken; None pins the first seen.
+        name: of this worker. Each incarnation adds a suffix, because a restarted worker must
+            not share a consumer in Redis with the one that it replaces.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        config: TeacherConfig,
+        url: str,
+        key: str | None,
+        need: Need,
+        expected_fingerprint: str | None,
+        name: str,
+    ) -> None:
+        self.consumer = f"{name}-{uuid.uuid4().hex[:8]}"
+        self._connection = connection
+        self._config = config
+        self._outcomes = _OUTCOMES[need]
+        self._client = TeacherClient(
+            url, key, timeout_s=config.request_timeout_s, fingerprint=expected_fingerprint
+        )
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Works until `stop`; then finishes the groups that it holds.
+
+        Raises:
+            services.stage.PatienceExceeded: the teacher stayed unavailable for too long.
+        """
+        lane = self._connection.streams()
+        stage = Stage(
+            name="teacher",
+            consumer=self.consumer,
+            lanes=[lane],
+            source="verified",
+            target="scored",
+            process=self._process,
+            capacity=self._config.capacity,
+            config=self._connection.config,
+            stopping=self._stopping,
+        )
+        try:
+            await stage.run()
+        finally:
+            await self._client.aclose()
+            await lane.redis.aclose()
+
+    async def stop(self) -> None:
+        """Asks `run` to return once it has finished what it holds."""
+        self._stopping.set()
+
+    async def _process(self, payload: bytes) -> bytes:
+        group = decode(VerifiedGroup, payload)
+        trajectories = group.rollout.trajectories
+        places = group.indices(*self._outcomes)
+        logprobs = {place: np.empty(0, np.float32) for place in places}
+        asked = [place for place in places if len(trajectories[place].token_ids)]
+        if asked:
+            prompt = group.rollout.prompt.token_ids
+            scores = await self._client.score(
+                [(prompt, trajectories[place].token_ids) for place in asked]
+            )
+            logprobs.update(zip(asked, scores, strict=True))
+        teacher = self._client.fingerprint if asked else ""
+        return encode(ScoredGroup(group, logprobs, teacher))

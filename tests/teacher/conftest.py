@@ -1,0 +1,111 @@
+"""A tiny real model on disk, and what is built around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from services.models import load_model
+from tests.teacher.fakes import FakeScorer, FaultyTeacher, listening
+
+VOCABULARY = 97
+CONTEXT = 64
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of two layers with random weights, and a tokenizer of as many words as it has ids."""
+    directory = tmp_path_factory.mktemp("models") / "teacher"
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=1,
+        initializer_range=0.5,  # far from uniform, or every mistake would score alike
+    )
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    words = {f"word{id_}": id_ for id_ in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="word0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    return directory
+
+
+class Reference:
+    """Log-probs from transformers' own forward, one sequence at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._model = load_model(str(directory))
+
+    @torch.no_grad()
+    def score(self, prompt: list[int], completion: list[int]) -> list[float]:
+        ids = torch.tensor([*prompt, *completion])
+        logprobs = self._model(ids[None]).logits[0].float().log_softmax(-1)
+        chosen = logprobs[:-1].gather(1, ids[1:, None]).squeeze(1)
+        return [float(value) for value in chosen[len(prompt) - 1 :]]
+
+
+@pytest.fixture(scope="session")
+def reference(model_dir: Path) -> Reference:
+    return Reference(model_dir)
+
+
+@pytest.fixture(scope="session")
+def sequences() -> list[tuple[list[int], list[int]]]:
+    """Prompts and completions of random lengths, up to the whole context."""
+    rng = np.random.default_rng(0)
+    lengths = [(1, 1), (1, CONTEXT - 1), (CONTEXT - 1, 1)]
+    lengths += [(int(p), int(t)) for p, t in rng.integers(1, CONTEXT // 2, (20, 2))]
+    return [
+        (rng.integers(0, VOCABULARY, p).tolist(), rng.integers(0, VOCABULARY, t).tolist())
+        for p, t in lengths
+    ]
+
+
+@pytest.fixture
+def scorer() -> FakeScorer:
+    return FakeScorer()
+
+
+@pytest.fixture(scope="session")
+def _faulty_server() -> Iterator[tuple[FaultyTeacher, str]]:
+    teacher = FaultyTeacher()
+    with listening(teacher) as url:
+        yield teacher, url
+
+
+@pytest.fixture
+def faulty(_faulty_server: tuple[FaultyTeacher, str]) -> FaultyTeacher:
+    _faulty_server[0].heal()
+    return _faulty_server[0]
+
+
+@pytest.fixture
+def faulty_url(_faulty_server: tuple[FaultyTeacher, str], faulty: FaultyTeacher) -> str:
+    return _faulty_server[1]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray of this machine alone, and whatever Serve runs on it."""
+    import ray
+    from ray import serve
+
+    ray.init(num_cpus=2, include_dashboard=False)
+    yield
+    serve.shutdown()
+    ray.shutdown()

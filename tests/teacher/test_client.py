@@ -1,0 +1,176 @@
+"""The client against real HTTP servers, honest and not: a checked value or a typed error."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from services.stage import BadItem, Unavailable
+from services.trajectory import LogProbs, TokenIds
+from teacher.app import build_app
+from teacher.auth import KeyRing
+from teacher.client import BadAnswer, TeacherClient
+from tests.teacher.fakes import FAKE_CARD, FakeScorer, FaultyTeacher, listening
+
+
+def ids(*values: int) -> TokenIds:
+    return np.array(values, np.int32)
+
+
+ASKED = [(ids(1, 2), ids(3, 4)), (ids(1), ids(5)), (ids(1), ids())]
+
+
+@pytest_asyncio.fixture
+async def client(faulty_url: str) -> AsyncIterator[TeacherClient]:
+    made = TeacherClient(faulty_url, "some-key", timeout_s=5.0)
+    yield made
+    await made.aclose()
+
+
+def _assert_honest(scores: list[LogProbs]) -> None:
+    expected = [[-0.03, -0.04], [-0.05], []]
+    for score, values in zip(scores, expected, strict=True):
+        assert score.dtype == np.float32
+        np.testing.assert_allclose(score, values, rtol=1e-6)
+
+
+async def test_scores_come_in_order_and_name_their_model(
+    client: TeacherClient, faulty: FaultyTeacher
+) -> None:
+    assert client.fingerprint == ""
+    _assert_honest(await client.score(ASKED))
+    assert client.fingerprint == "f00d"
+    assert faulty.requests[-1]["sequences"][0] == {"prompt": [1, 2], "completion": [3, 4]}
+    assert faulty.authorizations == ["Bearer some-key"]
+
+
+async def test_it_speaks_with_the_real_application(scorer: FakeScorer) -> None:
+    with listening(build_app(scorer, KeyRing(["k"]), FAKE_CARD)) as url:
+        client = TeacherClient(url + "/", "k", timeout_s=5.0)
+        assert await client.info() == FAKE_CARD
+        _assert_honest(await client.score(ASKED))
+        await client.aclose()
+
+
+async def test_rounding_above_zero_is_taken_as_zero(
+    client: TeacherClient, faulty: FaultyTeacher
+) -> None:
+    faulty.fault = {"scores": [{"logprobs": [5e-5], "perplexity": 1.0}]}
+    (score,) = await client.score([(ids(1), ids(2))])
+    assert score.tolist() == [0.0]
+
+
+def _scores(*logprobs: list[Any]) -> dict[str, Any]:
+    return {"scores": [{"logprobs": values, "perplexity": 1.0} for values in logprobs]}
+
+
+BAD_ANSWERS = {
+    "too few scores": (_scores([-1.0, -1.0]), "1 scores for 3 sequences"),
+    "too many scores": (_scores([-1.0, -1.0], [-1.0], [], []), "4 scores for 3"),
+    "too few log-probs": (_scores([-1.0], [-1.0], []), "1 log-probs for 2"),
+    "too many log-probs": (_scores([-1.0, -1.0], [-1.0], [-1.0]), "1 log-probs for 0"),
+    "not a number": (_scores([-1.0, float("nan")], [-1.0], []), "is nan"),
+    "minus infinity": (_scores([-1.0, float("-inf")], [-1.0], []), "is -inf"),
+    "positive": (_scores([-1.0, 0.5], [-1.0], []), "log-prob 1 of 2 is 0.5"),
+    "null": (_scores([-1.0, None], [-1.0], []), "something else"),
+    "text for numbers": (_scores(["minus one", -1.0], [-1.0], []), "something else"),
+    "no scores": ({"scores": None}, "something else"),
+    "no fingerprint": ({"fingerprint": ""}, "does not say which model"),
+    "not JSON": (b"<html>It works!</html>", "It works"),
+    "half of the JSON": (b'{"model": "fake", "scores": [{"logp', "something else"),
+    "nothing": (b"", "something else"),
+    "binary": (bytes(range(256)), "something else"),
+    "another JSON": (b"[]", "something else"),
+}
+
+
+@pytest.mark.parametrize(("fault", "said"), BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
+async def test_garbage_is_a_bad_answer_and_never_a_value(
+    client: TeacherClient, faulty: FaultyTeacher, fault: Any, said: str
+) -> None:
+    faulty.fault = fault
+    with pytest.raises(BadAnswer, match=said):
+        await client.score(ASKED)
+    assert client.fingerprint == ""  # a liar is not pinned
+    faulty.fault = None
+    _assert_honest(await client.score(ASKED))
+
+
+@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 408, 429, 500, 502, 503, 504])
+async def test_a_teacher_that_refuses_is_unavailable(
+    client: TeacherClient, faulty: FaultyTeacher, status: int
+) -> None:
+    faulty.fault = status
+    with pytest.raises(Unavailable, match=f"answered {status}: this is fault {status}"):
+        await client.score(ASKED)
+
+
+@pytest.mark.parametrize("status", [413, 422])
+async def test_an_item_that_cannot_be_scored_is_bad(
+    client: TeacherClient, faulty: FaultyTeacher, status: int
+) -> None:
+    faulty.fault = status
+    with pytest.raises(BadItem, match=rf"this is fault {status} \(x\.0\)"):
+        await client.score(ASKED)
+
+
+async def test_silence_ends_at_the_time_out(faulty_url: str, faulty: FaultyTeacher) -> None:
+    faulty.fault = "silence"
+    client = TeacherClient(faulty_url, None, timeout_s=0.2)
+    with pytest.raises(Unavailable, match=r"did not answer within 0\.2 s"):
+        await client.score(ASKED)
+    await client.aclose()
+
+
+async def test_an_answer_that_breaks_off_is_unavailable(
+    client: TeacherClient, faulty: FaultyTeacher
+) -> None:
+    faulty.fault = "half body"
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        await client.score(ASKED)
+
+
+async def test_nobody_listening_is_unavailable() -> None:
+    with socket.socket() as taken:  # bound, not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        client = TeacherClient(f"http://127.0.0.1:{taken.getsockname()[1]}", None, timeout_s=5.0)
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            await client.score(ASKED)
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            await client.info()
+        await client.aclose()
+
+
+async def test_the_first_model_is_pinned(client: TeacherClient, faulty: FaultyTeacher) -> None:
+    await client.score(ASKED)
+    faulty.fault = {"fingerprint": "beef"}
+    with pytest.raises(BadAnswer, match="fingerprint is beef, not f00d"):
+        await client.score(ASKED)
+
+
+async def test_an_expected_model_is_the_only_one(faulty_url: str, faulty: FaultyTeacher) -> None:
+    client = TeacherClient(faulty_url, None, timeout_s=5.0, fingerprint="beef")
+    with pytest.raises(BadAnswer, match="fingerprint is f00d, not beef"):
+        await client.score(ASKED)
+    card = FAKE_CARD.model_dump()
+    faulty.fault = {"data": [card]}
+    with pytest.raises(BadAnswer, match="fingerprint is f00d, not beef"):
+        await client.info()
+    faulty.fault = {"data": [card, card]}
+    with pytest.raises(BadAnswer, match="serves 2 models"):
+        await client.info()
+    await client.aclose()
+
+
+async def test_many_calls_at_once_keep_apart(scorer: FakeScorer) -> None:
+    with listening(build_app(scorer, KeyRing([]), FAKE_CARD)) as url:
+        client = TeacherClient(url, None, timeout_s=10.0)
+        answers = await asyncio.gather(*(client.score([(ids(1), ids(n))]) for n in range(50)))
+        await client.aclose()
+    np.testing.assert_allclose([a[0][0] for a in answers], -np.arange(50) / 100, rtol=1e-6)

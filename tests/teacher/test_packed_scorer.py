@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from services import packed
+from services.models import load_model
+from teacher.packed_scorer import PackedScorer
+from teacher.scorer import ScoringError
+from tests.teacher.conftest import Reference
+
+Sequences = list[tuple[list[int], list[int]]]
+
+
+@pytest.fixture
+def packed_scorer(model_dir: Path) -> PackedScorer:
+    return PackedScorer(load_model(str(model_dir)), batch_tokens=100)
+
+
+def _split(sequences: Sequences) -> tuple[list[list[int]], list[int]]:
+    return [[*p, *c] for p, c in sequences], [len(p) for p, _ in sequences]
+
+
+async def test_scores_equal_transformers_batched_and_alone(
+    packed_scorer: PackedScorer, reference: Reference, sequences: Sequences
+) -> None:
+    ids, starts = _split(sequences)
+    batched = await packed_scorer.score(ids, starts)
+    alone = [(await packed_scorer.score([i], [s]))[0] for i, s in zip(ids, starts, strict=True)]
+    for (prompt, completion), together, single in zip(sequences, batched, alone, strict=True):
+        expected = reference.score(prompt, completion)
+        np.testing.assert_allclose(together, expected, atol=1e-4)
+        np.testing.assert_allclose(single, expected, atol=1e-4)
+
+
+async def test_no_forward_exceeds_the_budget_but_for_one_long_sequence(
+    model_dir: Path, sequences: Sequences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards: list[list[int]] = []
+    real = packed.score
+
+    def recording(model: object, ids: list[list[int]], starts: list[int]) -> list[list[float]]:
+        forwards.append([len(i) for i in ids])
+        return real(model, ids, starts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(packed, "score", recording)
+    scorer = PackedScorer(load_model(str(model_dir)), batch_tokens=50)
+    await scorer.score(*_split(sequences))
+    lengths = [length for forward in forwards for length in forward]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(lengths) == len(sequences)
+    assert all(sum(forward) <= 50 or len(forward) == 1 for forward in forwards)
+    assert any(len(forward) > 1 for forward in forwards)
+
+
+async def test_calls_at_the_same_time_each_get_their_own_scores(
+    packed_scorer: PackedScorer, sequences: Sequences
+) -> None:
+    ids, starts = _split(sequences)
+    whole = await packed_scorer.score(ids, starts)
+    parts = await asyncio.gather(
+        *(packed_scorer.score([i], [s]) for i, s in zip(ids, starts, strict=True))
+    )
+    for one, part in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(part[0], one, atol=1e-5)
+
+
+async def test_an_empty_completion_scores_as_nothing(packed_scorer: PackedScorer) -> None:
+    scores = await packed_scorer.score([[1, 2], [3], [4, 5, 6]], [2, 1, 1])
+    assert [len(score) for score in scores] == [0, 0, 2]
+    assert await packed_scorer.score([], []) == []
+
+
+@pytest.mark.parametrize("start", [0, 3])
+async def test_a_start_that_scores_nothing_real_is_refused(
+    packed_scorer: PackedScorer, start: int
+) -> None:
+    with pytest.raises(ValueError, match="cannot score from token"):
+        await packed_scorer.score([[1, 2], [1, 2]], [1, start])
+
+
+async def test_a_model_with_broken_weights_raises_instead_of_answering(model_dir: Path) -> None:
+    model = load_model(str(model_dir))
+    with torch.no_grad():
+        model.get_parameter("model.embed_tokens.weight")[5] = float("nan")
+    scorer = PackedScorer(model, batch_tokens=1)  # a forward each: the other call is unharmed
+    good, bad = await asyncio.gather(
+        scorer.score([[1, 2, 3]], [1]), scorer.score([[1, 5, 3]], [1]), return_exceptions=True
+    )
+    assert isinstance(good, list)
+    assert isinstance(bad, ScoringError)
+    assert "log-prob" in str(bad)

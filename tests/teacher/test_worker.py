@@ -1,0 +1,291 @@
+"""The stage on real Redis against a real HTTP server: garbage from the teacher scores nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from services.config import StageConfig
+from services.stage import Connection, PatienceExceeded
+from services.streams import Streams, claim
+from services.trajectory import (
+    Outcome,
+    Prompt,
+    RolloutGroup,
+    Sampling,
+    ScoredGroup,
+    Trajectory,
+    Verdict,
+    VerifiedGroup,
+    decode,
+    encode,
+)
+from teacher.config import TeacherConfig
+from teacher.worker import Need, TeacherWorker
+from tests.teacher.fakes import FaultyTeacher
+
+OUTCOMES: Sequence[Outcome] = ("correct", "incorrect", "unknown", "incorrect", "incorrect")
+COMPLETIONS: Sequence[list[int]] = ([11], [21, 22], [31], [], [51, 52, 53])
+DEADLINE_S = 20.0
+
+
+def group(order: int = 0) -> VerifiedGroup:
+    """Five trajectories; the fourth is empty."""
+    prompt = Prompt(
+        id=f"p{order}",
+        order=order,
+        token_ids=np.array([1, 2], np.int32),
+        data_source="test",
+        reference="42",
+        sampling=Sampling(n=len(OUTCOMES), max_tokens=3),
+    )
+    trajectories = tuple(
+        Trajectory(np.array(ids, np.int32), np.full(len(ids), -0.5, np.float32), "stop", "")
+        for ids in COMPLETIONS
+    )
+    verdicts = tuple(Verdict(outcome, "") for outcome in OUTCOMES)
+    return VerifiedGroup(RolloutGroup(prompt, trajectories, 0), verdicts)
+
+
+async def put(streams: Streams, payload: bytes) -> None:
+    """Puts an item on the verified stream, by the way that all items take."""
+    await streams.feed([payload], expected_fed=(await streams.ledger()).fed, max_in_flight=100)
+    (item,) = await claim([streams], "prompts", "test", count=1, block_ms=1000)
+    assert await streams.hand_off(item, "verified", payload)
+
+
+async def scored(streams: Streams) -> list[ScoredGroup]:
+    entries: Any = await streams.redis.xrange(streams.key("scored"))
+    return [decode(ScoredGroup, fields[b"item"]) for _, fields in entries]
+
+
+async def until(condition: Callable[[], Awaitable[Any]]) -> Any:
+    """The first true value of `condition`."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not (value := await condition()):
+            await asyncio.sleep(0.02)
+        return value
+
+
+@asynccontextmanager
+async def working(
+    connection: Connection,
+    url: str,
+    need: Need = "incorrect",
+    *,
+    fingerprint: str | None = None,
+    timeout_s: float = 5.0,
+) -> AsyncIterator[TeacherWorker]:
+    """A worker that runs inside of the block and is cut off after it, as a kill would."""
+    config = TeacherConfig(model="fake", request_timeout_s=timeout_s)
+    worker = TeacherWorker(connection, config, url, "key", need, fingerprint, "teacher-0")
+    running = asyncio.create_task(worker.run())
+    yield worker
+    running.cancel()
+    await asyncio.wait({running}, timeout=DEADLINE_S)
+    assert running.cancelled()  # and had not failed before
+
+
+@pytest.mark.parametrize(
+    ("need", "asked", "empty"),
+    [("incorrect", [1, 4], [3]), ("all", [0, 1, 4], [3]), ("none", [], [])],
+)
+async def test_only_what_the_objective_needs_is_scored(
+    connection: Connection,
+    streams: Streams,
+    faulty: FaultyTeacher,
+    faulty_url: str,
+    need: Need,
+    asked: list[int],
+    empty: list[int],
+) -> None:
+    original = group()
+    await put(streams, encode(original))
+    async with working(connection, faulty_url, need):
+        (result,) = await until(lambda: scored(streams))
+    assert result.teacher == ("f00d" if asked else "")
+    assert sorted(result.teacher_logprobs) == sorted(asked + empty)
+    for place, logprobs in result.teacher_logprobs.items():
+        np.testing.assert_allclose(logprobs, -np.array(COMPLETIONS[place]) / 100, rtol=1e-6)
+    sent = [r["sequences"] for r in faulty.requests]
+    wanted = [{"prompt": [1, 2], "completion": COMPLETIONS[place]} for place in asked]
+    assert sent == ([wanted] if asked else [])
+    assert encode(result.verified) == encode(original)
+    assert (await streams.ledger()).exact
+
+
+DOWN: dict[str, tuple[int | str, str]] = {
+    "500": (500, "answered 500"),
+    "503": (503, "answered 503"),
+    "429": (429, "answered 429"),
+    "wrong key": (401, "answered 401"),
+    "silence": ("silence", "did not answer within 0.3 s"),
+    "half body": ("half body", "cannot be reached"),
+}
+
+
+@pytest.mark.parametrize(("fault", "said"), DOWN.values(), ids=DOWN.keys())
+async def test_while_the_teacher_is_down_the_item_waits_and_is_scored_when_it_heals(
+    connection: Connection,
+    streams: Streams,
+    faulty: FaultyTeacher,
+    faulty_url: str,
+    fault: int | str,
+    said: str,
+) -> None:
+    faulty.fault = fault
+    patient = replace(connection, config=StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
+    await put(streams, encode(group()))
+    async with working(patient, faulty_url, timeout_s=0.3) as worker:
+
+        async def waiting() -> str:
+            report = (await streams.reports()).get(worker.consumer, {})
+            return str(report.get("waiting_for", ""))
+
+        assert said in await until(waiting)
+        ledger = await streams.ledger()
+        assert (ledger.depth["verified"], ledger.depth["scored"], ledger.dead) == (1, 0, 0)
+        faulty.fault = None
+        assert len(await until(lambda: scored(streams))) == 1
+    assert await streams.dead() == []
+
+
+def _scores(*logprobs: list[float]) -> dict[str, Any]:
+    return {"scores": [{"logprobs": values, "perplexity": 1.0} for values in logprobs]}
+
+
+GARBAGE: dict[str, tuple[Any, str]] = {
+    "wrong length": (_scores([-1.0], [-1.0, -1.0, -1.0]), "1 log-probs for 2"),
+    "too few scores": (_scores([-1.0, -1.0]), "1 scores for 2 sequences"),
+    "not a number": (_scores([-1.0, float("nan")], [-1.0, -1.0, -1.0]), "is nan"),
+    "positive": (_scores([-1.0, 3.0], [-1.0, -1.0, -1.0]), "is 3.0"),
+    "another model": ({"fingerprint": "beef"}, "fingerprint is beef, not f00d"),
+    "not JSON": (b"OK", "something else"),
+}
+
+
+@pytest.mark.parametrize(("fault", "said"), GARBAGE.values(), ids=GARBAGE.keys())
+async def test_garbage_buries_the_item_and_scores_nothing(
+    connection: Connection,
+    streams: Streams,
+    faulty: FaultyTeacher,
+    faulty_url: str,
+    fault: Any,
+    said: str,
+) -> None:
+    faulty.fault = fault
+    strict = replace(connection, config=StageConfig(lease_s=0.4, max_deliveries=1))
+    await put(streams, encode(group()))
+    async with working(strict, faulty_url, fingerprint="f00d"):
+        (dead,) = await until(streams.dead)
+    assert dead.reason.startswith("teacher: BadAnswer: ")
+    assert said in dead.reason
+    assert dead.payload == encode(group())
+    assert await scored(streams) == []
+    assert (await streams.ledger()).exact
+
+
+async def test_an_item_that_meets_garbage_is_tried_as_often_as_configured(
+    connection: Connection, streams: Streams, faulty: FaultyTeacher, faulty_url: str
+) -> None:
+    faulty.fault = b"garbage"
+    await put(streams, encode(group()))
+    async with working(connection, faulty_url):
+        (dead,) = await until(streams.dead)
+    assert "BadAnswer" in dead.reason
+    assert len(faulty.requests) == connection.config.max_deliveries
+    assert await scored(streams) == []
+
+
+async def test_an_item_that_garbage_met_once_is_scored_when_the_teacher_heals(
+    connection: Connection, streams: Streams, faulty: FaultyTeacher, faulty_url: str
+) -> None:
+    faulty.fault = b"garbage"
+    many = replace(connection, config=StageConfig(lease_s=0.4, max_deliveries=1000))
+    await put(streams, encode(group()))
+    async with working(many, faulty_url):
+
+        async def tried_again() -> bool:
+            return len(faulty.requests) > 1
+
+        await until(tried_again)
+        assert await scored(streams) == []
+        faulty.fault = None
+        assert len(await until(lambda: scored(streams))) == 1
+
+
+@pytest.mark.parametrize("status", [413, 422])
+async def test_an_item_that_the_teacher_can_never_score_is_buried_at_once(
+    connection: Connection, streams: Streams, faulty: FaultyTeacher, faulty_url: str, status: int
+) -> None:
+    faulty.fault = status
+    await put(streams, encode(group()))
+    async with working(connection, faulty_url):
+        (dead,) = await until(streams.dead)
+    assert f"this is fault {status}" in dead.reason
+    assert len(faulty.requests) == 1
+    assert await scored(streams) == []
+
+
+async def test_bytes_that_are_no_group_are_buried(
+    connection: Connection, streams: Streams, faulty_url: str
+) -> None:
+    await put(streams, encode(group())[:-1])
+    async with working(connection, faulty_url):
+        (dead,) = await until(streams.dead)
+    assert "checksum" in dead.reason
+
+
+async def test_past_the_patience_the_worker_stops_and_the_item_stays(
+    connection: Connection, streams: Streams, faulty: FaultyTeacher, faulty_url: str
+) -> None:
+    faulty.fault = 503
+    hasty = replace(connection, config=StageConfig(lease_s=0.4, patience_s=0.1))
+    await put(streams, encode(group()))
+    config = TeacherConfig(model="fake")
+    worker = TeacherWorker(hasty, config, faulty_url, None, "all", None, "teacher-0")
+    with pytest.raises(PatienceExceeded, match="this is fault 503"):
+        await asyncio.wait_for(worker.run(), DEADLINE_S)
+    ledger = await streams.ledger()
+    assert (ledger.depth["verified"], ledger.depth["scored"], ledger.dead) == (1, 0, 0)
+
+
+async def test_a_stopped_worker_finishes_what_it_holds(
+    connection: Connection, streams: Streams, faulty: FaultyTeacher, faulty_url: str
+) -> None:
+    faulty.fault = 503
+    patient = replace(connection, config=StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
+    await put(streams, encode(group()))
+    config = TeacherConfig(model="fake")
+    worker = TeacherWorker(patient, config, faulty_url, None, "all", None, "teacher-0")
+    running = asyncio.create_task(worker.run())
+
+    async def asked() -> bool:
+        return bool(faulty.requests)
+
+    await until(asked)
+    await worker.stop()
+    faulty.fault = None
+    await asyncio.wait_for(running, DEADLINE_S)
+    assert len(await scored(streams)) == 1
+
+
+async def test_many_groups_each_arrive_once(
+    connection: Connection, streams: Streams, faulty_url: str
+) -> None:
+    for order in range(30):
+        await put(streams, encode(group(order)))
+    async with working(connection, faulty_url) as one, working(connection, faulty_url) as two:
+        assert one.consumer != two.consumer
+
+        async def all_there() -> bool:
+            return (await streams.ledger()).depth["scored"] == 30
+
+        await until(all_there)
+    assert sorted(g.prompt.order for g in await scored(streams)) == list(range(30))

@@ -1,0 +1,50 @@
+"""Settings of the verifier. Imports pydantic only, so that the CLI starts at once."""
+
+from __future__ import annotations
+
+from typing import Literal, Self, TypeAlias
+
+from pydantic import Field, model_validator
+
+from services.config import Config, Resources
+
+Kind: TypeAlias = Literal["exact", "math"]
+Overlong: TypeAlias = Literal["incorrect", "mask"]
+
+
+class VerifierConfig(Config):
+    """Who judges the trajectories, and within which limits."""
+
+    workers: int = Field(default=1, ge=1)
+    resources: Resources = Resources()
+    capacity: int = Field(default=4, ge=1)
+    """Groups that one worker holds at once."""
+    kind: Kind = "math"
+    """`exact` compares text, `math` compares mathematical expressions."""
+    kinds: dict[str, Kind] = Field(default_factory=dict)
+    """Another kind for some data sources: `data_source: kind`."""
+    answer_marker: str | None = Field(default=None, min_length=1)
+    """For `exact`: what follows the last marker is the answer; None takes the whole text."""
+    overlong: Overlong = "incorrect"
+    """What a truncated trajectory (no end token) is: `incorrect`, or `mask` to leave it out."""
+    judges: int = Field(default=1, ge=1)
+    """Sandboxed child processes of one worker."""
+    deadline_s: float = Field(default=5.0, gt=0)
+    """A judge that takes longer for one trajectory is killed."""
+    memory_mb: int = Field(default=1024, ge=256)
+    """Address space of one judge, in MiB. Sympy alone takes up about 100 of them."""
+
+    @property
+    def used_kinds(self) -> frozenset[Kind]:
+        """Every kind that a trajectory may need."""
+        return frozenset({self.kind, *self.kinds.values()})
+
+    def kind_of(self, data_source: str) -> Kind:
+        """Who judges the prompts of `data_source`."""
+        return self.kinds.get(data_source, self.kind)
+
+    @model_validator(mode="after")
+    def _marker_has_a_use(self) -> Self:
+        if self.answer_marker is not None and "exact" not in self.used_kinds:
+            raise ValueError("answer_marker is read by kind `exact` only, which nothing here uses")
+        return self

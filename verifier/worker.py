@@ -1,0 +1,88 @@
+"""The worker of the verifier: sampled groups in, groups with a verdict per trajectory out.
+
+rollouts ──▶ decode ─▶ judge every trajectory, in the sandbox ─▶ encode ──▶ verified
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import AsyncExitStack
+
+from services.stage import EVAL, Connection, Stage
+from services.trajectory import RolloutGroup, Trajectory, Verdict, VerifiedGroup, decode, encode
+from verifier.config import VerifierConfig
+from verifier.sandbox import JudgePool
+
+_TRUNCATED = {
+    "incorrect": Verdict("incorrect", "truncated: no end token"),
+    "mask": Verdict("unknown", "masked: truncated"),
+}
+
+
+class VerifierWorker:
+    """One worker with its own judges. `name` is for logs and status; it need not be unique."""
+
+    def __init__(self, connection: Connection, config: VerifierConfig, name: str) -> None:
+        self._connection = connection
+        self._config = config
+        self._name = name
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Works until `stop`; then finishes the groups that it holds.
+
+        Raises:
+            Unavailable: the judges do not start.
+            PatienceExceeded, redis.exceptions.RedisError: see `Stage.run`.
+        """
+        config = self._config
+        async with AsyncExitStack() as resources:
+            lanes = [self._connection.streams(EVAL), self._connection.streams()]
+            for lane in lanes:
+                resources.push_async_callback(lane.redis.aclose)
+            pool = await resources.enter_async_context(
+                JudgePool(
+                    config.used_kinds,
+                    judges=config.judges,
+                    deadline_s=config.deadline_s,
+                    memory_mb=config.memory_mb,
+                    answer_marker=config.answer_marker,
+                )
+            )
+
+            async def process(payload: bytes) -> bytes:
+                return encode(await self._verify(decode(RolloutGroup, payload), pool))
+
+            await Stage(
+                name="verifier",
+                # Never the name of a worker before: what that one held must go stale, not be ours.
+                consumer=f"{self._name}-{uuid.uuid4().hex[:8]}",
+                lanes=lanes,
+                source="rollouts",
+                target="verified",
+                process=process,
+                capacity=config.capacity,
+                config=self._connection.config,
+                stopping=self._stopping,
+            ).run()
+
+    async def stop(self) -> None:
+        """Lets `run` finish what it holds and return."""
+        self._stopping.set()
+
+    async def _verify(self, group: RolloutGroup, pool: JudgePool) -> VerifiedGroup:
+        kind = self._config.kind_of(group.prompt.data_source)
+
+        async def verdict(trajectory: Trajectory) -> Verdict:
+            if trajectory.finish == "length":
+                return _TRUNCATED[self._config.overlong]
+            return await pool.judge(kind, trajectory.text, group.prompt.reference)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                judging = [tasks.create_task(verdict(t)) for t in group.trajectories]
+        except ExceptionGroup as failures:
+            # One failure ends the whole group's work; the stage decides by its type what follows.
+            raise failures.exceptions[0] from failures
+        return VerifiedGroup(rollout=group, verdicts=tuple(task.result() for task in judging))
