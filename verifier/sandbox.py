@@ -1,6 +1,6 @@
 """Untrusted text is judged here, in processes that can be killed at any moment.
 
-    JudgePool ──job──▶ judge process: own session, memory limit, empty environment
+    JudgePool ──job──▶ judge process: own session, memory limit, bare environment
               ◀─verdict── or, past the deadline, SIGKILL for its whole process group
 
 Judges are persistent, because importing sympy takes a second. One that hangs, dies or runs out

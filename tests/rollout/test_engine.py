@@ -1,0 +1,49 @@
+"""How an engine is chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout.config import RolloutConfig
+from rollout.engine import EngineError, build_engine
+from rollout.transformers_engine import TransformersEngine
+from services.models import ModelError
+from services.trajectory import Sampling
+from tests.builders import tiny_model
+from tests.rollout.conftest import published
+
+
+def config(**engine: Any) -> RolloutConfig:
+    return RolloutConfig.model_validate({"engine": engine})
+
+
+@pytest.mark.parametrize("kind", ["auto", "transformers"])
+async def test_a_directory_becomes_an_engine(student: Path, kind: str) -> None:
+    engine = build_engine(config(kind=kind, device="cpu"), str(student))
+    assert isinstance(engine, TransformersEngine)
+    await engine.load_weights(published(tiny_model(3), 1))
+    sampled = await engine.sample([2, 3], Sampling(n=2, max_tokens=200))
+    assert {c.finish for c in sampled.completions} == {"stop"}  # it knows the end token
+    await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("engine", "complaint"),
+    [
+        ({"kind": "vllm"}, "the vLLM engine is not available for rollout"),
+        ({"kind": "transformers", "args": {"a": 1}}, "takes no arguments, got a"),
+    ],
+)
+def test_an_engine_that_cannot_be_had(
+    student: Path, engine: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(EngineError, match=complaint):
+        build_engine(config(**engine), str(student))
+
+
+def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        build_engine(config(kind="transformers"), str(tmp_path))
