@@ -83,7 +83,11 @@ def _execute(settings: Any, *, directory: Path | None) -> None:
 
     with Console() as console:
         made = launch.start(settings, console, directory=directory)
-        asyncio.run(made.execute())
+        try:
+            asyncio.run(made.execute())
+        except KeyboardInterrupt:
+            console.say(f"interrupted; continue with: scope resume {made.directory}")
+            raise
     console.results(made.evaluations)
     console.say(f"run directory:  {made.directory}")
     console.say(f"exported model: {made.directory / 'export'}")

@@ -41,6 +41,12 @@ class Result:
         """Keeps the result as `evaluation-{label}.json`."""
         (run_dir / f"evaluation-{label}.json").write_text(json.dumps(asdict(self)))
 
+    @staticmethod
+    def read(run_dir: Path, label: str) -> Result | None:
+        """What `write` kept, or None."""
+        path = run_dir / f"evaluation-{label}.json"
+        return Result(**json.loads(path.read_text())) if path.exists() else None
+
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Probability that one of `k` samples is correct: the unbiased estimator

@@ -137,7 +137,8 @@ class Run:
 
     def _start_ray(self, stack: AsyncExitStack) -> None:
         settings = self.config.ray
-        # Ray's own uv and working-directory tricks are off: workers import what is installed.
+        for name in ("ray.serve", "ray._private.authentication"):  # theirs is not our progress
+            logging.getLogger(name).setLevel(logging.ERROR)
         context = ray.init(
             address=settings.address,
             num_cpus=settings.num_cpus if settings.address is None else None,
@@ -149,6 +150,10 @@ class Run:
         stack.callback(ray.shutdown)
         if context.dashboard_url:
             self.console.say(f"Ray dashboard: http://{context.dashboard_url}")
+        if settings.address is None:
+            logs = self.directory / "logs"
+            logs.unlink(missing_ok=True)
+            logs.symlink_to(Path(context["session_dir"]) / "logs")
 
     async def _prepare_streams(self, streams: Streams, connection: Connection) -> None:
         await streams.create()
@@ -289,6 +294,9 @@ class Run:
     async def _evaluate(self, connection: Connection, label: str, *, version: int) -> None:
         source, config = self.preflight.heldout, self.config.evaluation
         if source is None or config is None:
+            return
+        if label == "before" and (known := Result.read(self.directory, label)):
+            self.evaluations[label] = known  # a resumed run began where it first began
             return
         self.console.say(f"evaluating {label} training: {len(source)} held-out prompts")
         result = await evaluate(connection, source, config, version=version)

@@ -1,0 +1,129 @@
+"""The demo's topology on real Ray, Serve, Redis and Ray Train, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from services.metrics import read
+
+ROOT = Path(__file__).parents[2]
+SCOPE = Path(sys.executable).parent / "scope"
+STEPS, GROUPS = 4, 8
+
+METRICS = {
+    "reward/accuracy",
+    "scope/student_path_fraction",
+    "scope/teacher_path_fraction",
+    "scope/unknown_fraction",
+    "scope/student_weight_ess",
+    "scope/teacher_weight_ess",
+    "loss/mle",
+    "loss/opd",
+    "kl/student_teacher",
+    "ppl/student",
+    "ppl/teacher",
+    "is_ratio/mean",
+    "is_ratio/capped_fraction",
+    "staleness/mean",
+    "response_length/mean",
+    "response_length/truncated_fraction",
+    "actor/grad_norm",
+    "timing_s/wait",
+    "timing_s/forward_backward",
+    "timing_s/optimizer",
+    "timing_s/publish",
+    "throughput/trained_tokens_per_s",
+    "queue/prompts",
+    "queue/rollouts",
+    "queue/verified",
+    "queue/scored",
+    "queue/dead",
+    "sampling/logp_difference",
+}
+
+
+def scope(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [SCOPE, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=280
+    )
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a few steps."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = scope(
+        "run", "deploy/runs/demo.yaml", f"runs_dir={runs}", f"trainer.max_steps={STEPS}",
+        f"trainer.groups_per_step={GROUPS}", "trainer.checkpoint.every_steps=2",
+        "evaluation.prompts=16", "ray.dashboard=false",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (runs / "demo" / "stdout").write_text(done.stdout)
+    return runs / "demo"
+
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_ledger_is_exact_and_nothing_is_trained_twice(run_dir: Path) -> None:
+    done = scope("status", run_dir, "--json")
+    status = json.loads(done.stdout)
+    assert (status["fed"], status["trained"], status["dead"]) == (STEPS * GROUPS, STEPS * GROUPS, 0)
+    assert status["in_flight"] == 0
+    assert status["step"] == STEPS
+    assert all(stream["depth"] == 0 for stream in status["streams"].values())
+
+
+def test_the_exported_student_loads_in_transformers_and_has_learned(run_dir: Path) -> None:
+    trained = AutoModelForCausalLM.from_pretrained(run_dir / "export")
+    student = AutoModelForCausalLM.from_pretrained(
+        ROOT / "examples/arithmetic/student", dtype=torch.float32
+    )
+    changed = [
+        not torch.equal(p, trained.get_parameter(name)) for name, p in student.named_parameters()
+    ]
+    assert all(changed)
+    assert AutoTokenizer.from_pretrained(run_dir / "export").decode([2, 3])
+
+
+def test_every_step_has_every_metric(run_dir: Path) -> None:
+    records = read(run_dir)
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    for record in records:
+        assert METRICS <= record.keys()
+        assert record["staleness/mean"] <= 1
+        # The engine's log-probs and the learner's agree, up to a version of staleness.
+        assert record["sampling/logp_difference"] < 0.1
+    assert records[0]["sampling/logp_difference"] < 1e-4
+    assert records[0]["is_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_run_directory_holds_everything(run_dir: Path) -> None:
+    names = {path.name for path in run_dir.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export", "logs"}
+    assert (run_dir / "checkpoints" / f"step-{STEPS:06d}" / "state.json").exists()
+    assert "password" not in (run_dir / "config.yaml").read_text().replace("password_file", "")
+
+
+def test_it_shows_progress_and_closes_with_held_out_accuracy(run_dir: Path) -> None:
+    shown = (run_dir / "stdout").read_text()
+    assert "Avg@8" in shown
+    assert "Pass@8" in shown
+    assert str(run_dir / "export") in shown
+    before = json.loads((run_dir / "evaluation-before.json").read_text())
+    after = json.loads((run_dir / "evaluation-after.json").read_text())
+    assert (before["prompts"], before["k"], before["version"]) == (16, 8, 0)
+    assert after["version"] == STEPS
+
+
+def test_nothing_is_left_running(run_dir: Path) -> None:
+    assert not (run_dir / "redis" / "url").exists()
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(run_dir) not in listing
