@@ -31,6 +31,7 @@ from deploy.config import RunConfig, dump
 from deploy.console import Console
 from deploy.evaluate import Result, evaluate
 from deploy.preflight import Preflight, check
+from deploy.restore import restore
 from deploy.status import write_snapshot
 from rollout.feeder import Feeder
 from rollout.worker import RolloutWorker
@@ -42,6 +43,7 @@ from services.streams import Ledger, Streams
 from services.weight_store import start_store
 from teacher.serve import deploy_teacher
 from teacher.worker import TeacherWorker
+from trainer.checkpoint import latest
 from trainer.loop import LoopConfig, trainer
 from trainer.objectives import objective
 from trainer.reader import describe
@@ -156,7 +158,17 @@ class Run:
             logs.symlink_to(Path(context["session_dir"]) / "logs")
 
     async def _prepare_streams(self, streams: Streams, connection: Connection) -> None:
-        await streams.create()
+        found = latest(self.directory / "checkpoints")
+        mended = await restore(
+            streams, found.progress if found else None, self.preflight.train.prompt
+        )
+        if found is not None:
+            self.console.say(f"continuing from {found.path}")
+        if mended.fed_again or mended.taken_out:
+            self.console.say(
+                f"Redis and the checkpoint differed: {mended.fed_again} prompts are fed again, "
+                f"{mended.taken_out} that the checkpoint holds are taken out"
+            )
         evaluation = connection.streams(EVAL)
         # What an interrupted evaluation left behind belongs to no one now.
         await evaluation.redis.delete(

@@ -113,6 +113,19 @@ return {found[1], taken}
 """
 
 
+_RESTORE = """
+-- KEYS ledger, prompts; ARGV fed, trained, payload...
+redis.call('HSET', KEYS[1], 'fed', ARGV[1], 'trained', ARGV[2], 'consumed', ARGV[2])
+for i = 3, #ARGV do redis.call('XADD', KEYS[2], '*', 'item', ARGV[i]) end
+return #ARGV - 2
+"""
+_DISCARD = """
+-- KEYS in; ARGV group, id
+redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+return redis.call('XDEL', KEYS[1], ARGV[2])
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """An item that this worker holds: pending in `lane`'s stream `stream` under `id`."""
@@ -175,6 +188,8 @@ class Streams:
         self._renew = register(_RENEW)
         self._release = register(_RELEASE)
         self._take_over = register(_TAKE_OVER)
+        self._restore = register(_RESTORE)
+        self._discard = register(_DISCARD)
 
     def key(self, name: str) -> str:
         return self._prefix + name
@@ -276,6 +291,31 @@ class Streams:
     async def advance(self, *, consumed: int, step: int) -> None:
         """Publishes the learner's progress: what admission counts from (HSET)."""
         await self.redis.hset(self.key("ledger"), mapping={"consumed": consumed, "step": step})
+
+    # ----------------------------------------------------------- mending, while nobody works
+
+    async def items(self) -> list[tuple[StreamName, str, bytes]]:
+        """Everything in flight: (stream, id, payload). Reads all of it, so for a stopped run."""
+        found: list[tuple[StreamName, str, bytes]] = []
+        for name in STREAMS:
+            entries: Any = await self.redis.xrange(self.key(name))
+            found += [(name, id_.decode(), fields[b"item"]) for id_, fields in entries]
+        return found
+
+    async def discard(self, stream: StreamName, id_: str) -> None:
+        """Takes out an item that the surviving history already holds."""
+        await self._discard(keys=[self.key(stream)], args=[GROUP, id_])
+
+    async def forget(self, item: DeadItem) -> None:
+        """Takes a dead item out for good (XDEL)."""
+        await self.redis.xdel(self.key("dead"), item.id)
+
+    async def restore(self, *, fed: int, trained: int, payloads: Sequence[bytes]) -> None:
+        """Sets the ledger to a history that a checkpoint holds, and feeds what is missing in it,
+        in one step."""
+        await self._restore(
+            keys=[self.key("ledger"), self.key("prompts")], args=[fed, trained, *payloads]
+        )
 
     # --------------------------------------------------------------------- the dead, status
 

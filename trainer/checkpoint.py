@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,38 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-_UNUSABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a checkpoint stands. `entries` are the scored-stream ids trained since the
-    checkpoint before, which may not have been settled in Redis when the process died."""
+    """Where a checkpoint stands.
+
+    `entries` are the scored-stream ids trained since the checkpoint before, which may not have
+    been settled in Redis when the process died. `covered` are the orders of all prompts that the
+    checkpoint has learned from, as [first, past the last] ranges: with them a run goes on even
+    when Redis is lost, or when a newer checkpoint is.
+    """
 
     step: int
-    consumed: int
     entries: list[str]
+    covered: list[tuple[int, int]]
+
+    @property
+    def orders(self) -> Iterator[int]:
+        """The orders in `covered`, one by one."""
+        return (order for start, end in self.covered for order in range(start, end))
+
+
+def ranges(orders: Iterable[int]) -> list[tuple[int, int]]:
+    """`orders` as the fewest [first, past the last] ranges."""
+    made: list[tuple[int, int]] = []
+    for order in sorted(orders):
+        if made and made[-1][1] == order:
+            made[-1] = (made[-1][0], order + 1)
+        else:
+            made.append((order, order + 1))
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +62,16 @@ class Checkpoint:
 
     path: Path
     progress: Progress
-    trainer: dict[str, Any]
 
     @property
     def model(self) -> Path:
+        """The student as a Hugging Face directory."""
         return self.path / "model"
+
+    def trainer(self) -> dict[str, Any]:
+        """What `Learner.load_state_dict` takes."""
+        state: dict[str, Any] = torch.load(self.path / "trainer.pt", weights_only=True)
+        return state
 
 
 def save(
@@ -82,8 +109,9 @@ def latest(directory: Path) -> Checkpoint | None:
             state = json.loads((path / "state.json").read_text())
             if _sizes(path) != state["files"]:
                 raise OSError("files are missing or cut short")
-            trainer = torch.load(path / "trainer.pt", weights_only=True)
-            return Checkpoint(path, Progress(**state["progress"]), trainer)
+            progress = state["progress"]
+            covered = [(start, end) for start, end in progress["covered"]]
+            return Checkpoint(path, Progress(progress["step"], progress["entries"], covered))
         except _UNUSABLE as error:
             log.warning("checkpoint %s cannot be used (%s): trying the one before", path, error)
     return None

@@ -84,7 +84,7 @@ def _learner(config: LoopConfig, found: checkpoint.Checkpoint | None) -> Learner
     steps = -(-config.total_groups // config.trainer.groups_per_step)
     learner = Learner(model, config.trainer, temperature=config.temperature, total_steps=steps)
     if found:
-        learner.load_state_dict(found.trainer)
+        learner.load_state_dict(found.trainer())
         log.info("continuing from %s", found.path)
     return learner
 
@@ -106,12 +106,7 @@ class _Leader:
 
     def lead(self, found: checkpoint.Checkpoint | None) -> None:
         with asyncio.Runner() as runner:
-            runner.run(
-                self._reader.start(
-                    step=self._learner.step_number,
-                    contained=found.progress.entries if found else [],
-                )
-            )
+            runner.run(self._reader.start(found.progress if found else None))
             self._publish()
             while self._one_step(runner):
                 pass
@@ -124,7 +119,7 @@ class _Leader:
         laps: Metrics = {}
         with _timed(laps, "wait"):
             taken = runner.run(self._reader.next_step())
-            groups = _broadcast([payload for _, payload in taken])
+            groups = _broadcast([item.payload for item in taken])
         if not groups:
             return False
         version = self._learner.step_number
@@ -132,8 +127,8 @@ class _Leader:
         metrics = self._learner.step(batch)
         with _timed(laps, "publish"):
             self._publish()
-        entries = [entry for entry, _ in taken]
-        runner.run(self._reader.trained(entries, self._learner.step_number))
+        orders = [group.prompt.order for group in batch.groups]
+        runner.run(self._reader.trained(self._learner.step_number, taken, orders))
         with _timed(laps, "checkpoint"):
             if self._learner.step_number % self._config.trainer.checkpoint.every_steps == 0:
                 self._checkpoint(runner)
@@ -157,8 +152,8 @@ class _Leader:
             self._learner.state_dict(),
             checkpoint.Progress(
                 step=self._learner.step_number,
-                consumed=self._reader.consumed,
                 entries=self._reader.unsettled,
+                covered=checkpoint.ranges(self._reader.covered),
             ),
             keep_last=self._config.trainer.checkpoint.keep_last,
         )

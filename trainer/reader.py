@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from services.stage import Connection
 from services.streams import Claim, Ledger, claim
 from services.trajectory import ScoredGroup, WireError, decode
 from trainer.batch import BadGroup, check
+from trainer.checkpoint import Progress
 from trainer.objectives import TeacherNeed
 
 CONSUMER = "learner"
@@ -23,6 +24,10 @@ _BLOCK_MS = 500
 
 class Stalled(RuntimeError):
     """No full step of scored groups came in time; the message says where the items are."""
+
+
+class HistoryGap(RuntimeError):
+    """Redis and the checkpoint disagree about what was trained: `scope resume` mends it."""
 
 
 class GroupReader:
@@ -46,24 +51,43 @@ class GroupReader:
         timeout_s: float,
     ) -> None:
         self.streams = connection.streams()
-        self.consumed = 0
+        self.covered: set[int] = set()  # orders of the prompts that the model has learned from
         self.unsettled: list[str] = []  # entries trained since the last durable checkpoint
         self._need = need
         self._groups_per_step = groups_per_step
         self._total = total
         self._timeout_s = timeout_s
-        self._ready: deque[tuple[Claim, ScoredGroup]] = deque()
+        self._ready: deque[Claim] = deque()
 
-    async def start(self, *, step: int, contained: Sequence[str]) -> None:
-        """Settles what the checkpoint of `step` contains and replays what it does not."""
+    async def start(self, progress: Progress | None) -> None:
+        """Settles what the checkpoint contains and replays what it does not.
+
+        Raises:
+            HistoryGap: groups are gone from Redis that this checkpoint does not contain, or the
+                other way round, because Redis or a newer checkpoint was lost.
+        """
         await self.streams.create()
-        await self.streams.settle("scored", contained)
-        self.consumed = (await self.streams.ledger()).trained
-        await self.streams.advance(consumed=self.consumed, step=step)
+        if progress is not None:
+            await self.streams.settle("scored", progress.entries)
+            self.covered = set(progress.orders)
+        ledger = await self.streams.ledger()
+        if ledger.trained != self.consumed:
+            raise HistoryGap(
+                f"Redis has {ledger.trained} trained prompts, the checkpoint that is to be "
+                f"continued {self.consumed}"
+            )
+        await self.streams.advance(
+            consumed=self.consumed, step=progress.step if progress is not None else 0
+        )
         await self._accept(await self.streams.held("scored", CONSUMER))
 
-    async def next_step(self) -> list[tuple[str, bytes]]:
-        """(entry id, wire form) of each group of the next step; empty when all are trained.
+    @property
+    def consumed(self) -> int:
+        """Prompts that the model has learned from."""
+        return len(self.covered)
+
+    async def next_step(self) -> list[Claim]:
+        """The groups of the next step; none when all are trained.
 
         Raises:
             Stalled: the groups did not come within the timeout.
@@ -74,8 +98,7 @@ class GroupReader:
             left = self._total - self.consumed - ledger.dead
             wanted = min(self._groups_per_step, left)
             if len(self._ready) >= wanted:
-                chosen = [self._ready.popleft()[0] for _ in range(wanted)]
-                return [(c.id, c.payload) for c in chosen]
+                return [self._ready.popleft() for _ in range(wanted)]
             if time.monotonic() > deadline:
                 raise Stalled(
                     f"the learner waited {self._timeout_s:.0f} s for {wanted} scored groups and "
@@ -91,10 +114,10 @@ class GroupReader:
                 )
             )
 
-    async def trained(self, entries: Sequence[str], step: int) -> None:
+    async def trained(self, step: int, taken: Sequence[Claim], orders: Iterable[int]) -> None:
         """Records that a step has used these groups, which lets the feeder admit more."""
-        self.consumed += len(entries)
-        self.unsettled += entries
+        self.covered.update(orders)
+        self.unsettled += [item.id for item in taken]
         await self.streams.advance(consumed=self.consumed, step=step)
 
     async def settle(self) -> None:
@@ -110,7 +133,7 @@ class GroupReader:
             except (WireError, BadGroup) as error:
                 await self.streams.bury(item, f"trainer: {error}")
             else:
-                self._ready.append((item, group))
+                self._ready.append(item)
 
 
 def describe(ledger: Ledger) -> str:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.packed import prepare
@@ -21,7 +24,7 @@ def write(directory: Path, step: int, keep_last: int = 2) -> Path:
         tiny_model(step),
         tiny_tokenizer(),
         {"step": step},
-        Progress(step=step, consumed=4 * step, entries=[f"{step}-0"]),
+        Progress(step=step, entries=[f"{step}-0"], covered=[(0, 4 * step), (50, 51)]),
         keep_last=keep_last,
     )
 
@@ -31,7 +34,7 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
         write(tmp_path, step)
     found = checkpoint.latest(tmp_path)
     assert found is not None
-    assert found.progress == Progress(step=3, consumed=12, entries=["3-0"])
+    assert found.progress == Progress(step=3, entries=["3-0"], covered=[(0, 12), (50, 51)])
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-000002", "step-000003"]
 
 
@@ -50,6 +53,13 @@ def test_a_torn_one_falls_back_to_the_one_before(
     assert found is not None
     assert found.progress.step == 1
     assert "step-000002 cannot be used" in caplog.text
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_ranges_hold_exactly_the_orders(orders: set[int]) -> None:
+    made = checkpoint.ranges(orders)
+    assert list(Progress(0, [], made).orders) == sorted(orders)
+    assert all(a[1] < b[0] for a, b in pairwise(made))
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
@@ -82,12 +92,17 @@ def test_training_continues_bit_for_bit(tmp_path: Path) -> None:
     first = learner(tiny_model())
     got = [first.step(b)["loss/mle"] for b in batches[:2]]
     checkpoint.save(
-        tmp_path, first.model, tiny_tokenizer(), first.state_dict(), Progress(2, 2, []), keep_last=1
+        tmp_path,
+        first.model,
+        tiny_tokenizer(),
+        first.state_dict(),
+        Progress(2, [], []),
+        keep_last=1,
     )
     found = checkpoint.latest(tmp_path)
     assert found is not None
     second = learner(AutoModelForCausalLM.from_pretrained(found.model))
-    second.load_state_dict(found.trainer)
+    second.load_state_dict(found.trainer())
     got += [second.step(b)["loss/mle"] for b in batches[2:]]
     assert got == expected
     for a, b in zip(second.model.parameters(), straight.model.parameters(), strict=True):

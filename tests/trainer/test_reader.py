@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from services.stage import Connection
-from services.streams import Streams, claim
+from services.streams import Claim, Streams, claim
 from services.trajectory import ScoredGroup, decode, encode
 from tests.builders import scored_group
-from trainer.reader import GroupReader, Stalled
+from trainer.checkpoint import Progress, ranges
+from trainer.reader import GroupReader, HistoryGap, Stalled
 
 
 async def put(streams: Streams, *groups: ScoredGroup | bytes) -> None:
@@ -27,8 +28,8 @@ def reader(connection: Connection, *, total: int, timeout_s: float = 10.0) -> Gr
     )
 
 
-def orders(step: list[tuple[str, bytes]]) -> list[int]:
-    return [decode(ScoredGroup, payload).prompt.order for _, payload in step]
+def orders(step: list[Claim]) -> list[int]:
+    return [decode(ScoredGroup, item.payload).prompt.order for item in step]
 
 
 def group(order: int) -> ScoredGroup:
@@ -40,11 +41,11 @@ async def test_full_steps_then_a_short_one_then_the_end(
 ) -> None:
     await put(streams, *[group(i) for i in range(3)])
     source = reader(connection, total=3)
-    await source.start(step=0, contained=[])
+    await source.start(None)
     sizes = []
     while step := await source.next_step():
         sizes.append(len(step))
-        await source.trained([entry for entry, _ in step], len(sizes))
+        await source.trained(len(sizes), step, orders(step))
     assert sizes == [2, 1]
     ledger = await streams.ledger()
     assert (ledger.consumed, ledger.trained, ledger.step) == (3, 0, 2)
@@ -58,19 +59,32 @@ async def test_what_no_checkpoint_contains_is_replayed(
 ) -> None:
     await put(streams, *[group(i) for i in range(4)])
     before = reader(connection, total=4)
-    await before.start(step=0, contained=[])
+    await before.start(None)
     first = await before.next_step()
-    await before.trained([entry for entry, _ in first], 1)
+    await before.trained(1, first, orders(first))
+    saved = Progress(1, list(before.unsettled), ranges(before.covered))  # durable, then kill -9
     second = await before.next_step()
-    await before.trained([entry for entry, _ in second], 2)
-    contained = [entry for entry, _ in first]  # a checkpoint of step 1, then kill -9
+    await before.trained(2, second, orders(second))
 
     after = reader(connection, total=4)
-    await after.start(step=1, contained=contained)
+    await after.start(saved)
     assert after.consumed == 2
     assert orders(await after.next_step()) == orders(second)
     ledger = await streams.ledger()
     assert (ledger.trained, ledger.consumed, ledger.step) == (2, 2, 1)
+
+
+async def test_a_checkpoint_that_redis_is_ahead_of_is_refused(
+    connection: Connection, streams: Streams
+) -> None:
+    await put(streams, *[group(i) for i in range(2)])
+    before = reader(connection, total=2)
+    await before.start(None)
+    step = await before.next_step()
+    await before.trained(1, step, orders(step))
+    await before.settle()
+    with pytest.raises(HistoryGap, match=r"Redis has 2 trained prompts, .* continued 0"):
+        await reader(connection, total=2).start(None)
 
 
 async def test_a_group_that_must_not_be_trained_on_is_buried(
@@ -80,7 +94,7 @@ async def test_a_group_that_must_not_be_trained_on_is_buried(
     poisoned.teacher_logprobs[1][0] = np.nan
     await put(streams, poisoned, b"not an item", group(2))
     source = reader(connection, total=3)
-    await source.start(step=0, contained=[])
+    await source.start(None)
     assert orders(await source.next_step()) == [2]
     reasons = sorted(d.reason for d in await streams.dead())
     assert "teacher log-probs of trajectory 1: not finite" in reasons[1]
@@ -92,6 +106,6 @@ async def test_waiting_has_a_deadline_and_says_where_the_items_are(
 ) -> None:
     await streams.feed([b"x"], expected_fed=0, max_in_flight=9)
     source = reader(connection, total=2, timeout_s=0.2)
-    await source.start(step=0, contained=[])
+    await source.start(None)
     with pytest.raises(Stalled, match=r"for 2 scored groups and has 0: fed 1.*prompts 1 \(oldest"):
         await source.next_step()

@@ -1,0 +1,97 @@
+"""Makes Redis agree with the checkpoint that a run continues from.
+
+Most resumed runs need nothing: what the checkpoint does not contain is still in Redis. But Redis
+may be lost, or have been put back to an older state, or the newest checkpoint may be torn, after
+its groups were acknowledged. Then some prompts are in neither, or in both. The checkpoint says
+which prompts it has learned from; that is the surviving history, and the rest follows:
+
+    in the checkpoint and in flight   ─▶ taken out of Redis
+    fed once, and in neither          ─▶ fed again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from services.streams import STREAMS, StreamName, Streams
+from services.trajectory import (
+    Item,
+    Prompt,
+    RolloutGroup,
+    ScoredGroup,
+    VerifiedGroup,
+    WireError,
+    decode,
+    encode,
+)
+from trainer.checkpoint import Progress
+
+_KINDS: dict[StreamName, type[Item]] = dict(
+    zip(STREAMS, (Prompt, RolloutGroup, VerifiedGroup, ScoredGroup), strict=True)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What had to be mended."""
+
+    fed_again: int
+    taken_out: int
+
+
+async def restore(
+    streams: Streams, progress: Progress | None, prompt: Callable[[int], Prompt]
+) -> Restored:
+    """Mends a run that is not working. `prompt` gives the prompt at an order of the feed.
+
+    Afterwards every order below the feeder's cursor is in exactly one place: the checkpoint, a
+    stream, or the dead.
+    """
+    await streams.create()
+    if progress is not None:
+        await streams.settle("scored", progress.entries)
+    covered = set(progress.orders) if progress is not None else set()
+    held, taken_out = await _in_flight(streams, covered)
+    ledger = await streams.ledger()
+    fed = max([ledger.fed, *(order + 1 for order in covered | held)])
+    missing = [order for order in range(fed) if order not in covered and order not in held]
+    if missing or taken_out or (ledger.fed, ledger.trained) != (fed, len(covered)):
+        # No older weights will ever be published again, so there are none to wait for.
+        payloads = [encode(replace(prompt(order), min_weight_version=0)) for order in missing]
+        await streams.restore(fed=fed, trained=len(covered), payloads=payloads)
+    return Restored(len(missing), taken_out)
+
+
+async def _in_flight(streams: Streams, covered: set[int]) -> tuple[set[int], int]:
+    """Orders that are in flight or dead, each once, and how many items had to go for that:
+    those that the checkpoint holds, doubles, and corrupted ones, whose order is fed again."""
+    held: set[int] = set()
+    taken_out = 0
+    for stream, id_, payload in await streams.items():
+        order = order_of(stream, payload)
+        if order is None or order in covered or order in held:
+            await streams.discard(stream, id_)
+            taken_out += 1
+        else:
+            held.add(order)
+    for dead in await streams.dead():
+        order = order_of(dead.stream, dead.payload)
+        if order is None or order in covered or order in held:
+            await streams.forget(dead)
+            taken_out += 1
+        else:
+            held.add(order)
+    return held, taken_out
+
+
+def order_of(stream: StreamName, payload: bytes) -> int | None:
+    """The order of the prompt that an item of `stream` came from; None for corrupted bytes."""
+    try:
+        item = decode(_KINDS[stream], payload)  # type: ignore[type-var]
+    except WireError:
+        return None
+    if isinstance(item, Prompt):
+        return item.order
+    rollout = item if isinstance(item, RolloutGroup) else item.rollout
+    return rollout.prompt.order
