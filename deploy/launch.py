@@ -133,6 +133,7 @@ class Run:
             server = EmbeddedRedis(self.directory / "redis")
             server.start()
             stack.callback(server.stop)
+            stack.callback(asyncio.create_task(self._keep_redis(server)).cancel)
             url = server.url
             self.console.say(f"Redis: private server, data in {server.directory}")
         return Connection(url, self.config.name, self.config.stage)
@@ -285,6 +286,16 @@ class Run:
         await asyncio.sleep(_RESTART_PAUSE_S)
         _launch(worker)
 
+    async def _keep_redis(self, server: EmbeddedRedis) -> None:
+        """Until cancelled: starts the private Redis again when it dies. Its append-only file has
+        everything, and every client waits and retries meanwhile. A task of its own, because the
+        watch is one of these clients."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if not server.running:
+                self.console.say("Redis died; starting it again")
+                server.start()
+
     async def _record(self, streams: Streams, recorder: Recorder) -> None:
         """Moves the learner's records from Redis to the run directory."""
         key = streams.key("metrics")
@@ -310,7 +321,8 @@ class Run:
         if label == "before" and (known := Result.read(self.directory, label)):
             self.evaluations[label] = known  # a resumed run began where it first began
             return
-        self.console.say(f"evaluating {label} training: {len(source)} held-out prompts")
+        count = min(len(source), config.prompts or len(source))
+        self.console.say(f"evaluating {label} training: {count} held-out prompts")
         result = await evaluate(connection, source, config, version=version)
         result.write(self.directory, label)
         self.evaluations[label] = result

@@ -67,7 +67,8 @@ class Feeder:
                 room = self._max_in_flight - (ledger.fed - ledger.consumed - ledger.dead)
                 if not await self._feed(streams, ledger, room):
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._stopping.wait(), _POLL_S)
+                        async with asyncio.timeout(_POLL_S):
+                            await self._stopping.wait()
         finally:
             await streams.redis.aclose()
 

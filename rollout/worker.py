@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -30,6 +30,7 @@ from services.weights import Weights
 log = logging.getLogger(__name__)
 
 _POLL_S = 2.0  # how long the store holds a request for newer weights; how soon a stop is noticed
+_CANCEL_AGAIN_S = 0.5
 _SHOW_WAIT_S = 5.0  # a prompt that waits longer for its weights shows in `scope status`
 
 
@@ -181,12 +182,21 @@ def _trajectory(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> T
 
 async def _both(work: Coroutine[Any, Any, None], background: Coroutine[Any, Any, None]) -> None:
     """Runs `work` to its end. `background` is cancelled then; its failure ends both."""
-    tasks = [asyncio.create_task(work), asyncio.create_task(background)]
+    tasks = [asyncio.create_task(background), asyncio.create_task(work)]
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in tasks:
+        await _end(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancels tasks until they are over. Once may not be enough: the Redis client sends with
+    `wait_for`, which can swallow a cancellation before Python 3.12 (python/cpython#86296)."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from services.config import Config, Resources
 
 Kind: TypeAlias = Literal["exact", "math"]
+AnswerFrom: TypeAlias = Literal["boxed", "hashes", "final_line"]
 Overlong: TypeAlias = Literal["incorrect", "mask"]
 
 
@@ -23,6 +24,8 @@ class VerifierConfig(Config):
     """`exact` compares text, `math` compares mathematical expressions."""
     kinds: dict[str, Kind] = Field(default_factory=dict)
     """Another kind for some data sources: `data_source: kind`."""
+    answer_from: AnswerFrom = "boxed"
+    r"""For `math`: the answer is the last `\boxed{}`, what follows the last `####`, or the last line."""
     answer_marker: str | None = Field(default=None, min_length=1)
     """For `exact`: what follows the last marker is the answer; None takes the whole text."""
     overlong: Overlong = "incorrect"
@@ -30,7 +33,10 @@ class VerifierConfig(Config):
     judges: int = Field(default=1, ge=1)
     """Sandboxed child processes of one worker."""
     deadline_s: float = Field(default=5.0, gt=0)
-    """A judge that takes longer for one trajectory is killed."""
+    """A judge that takes longer for one trajectory is killed. Whatever takes longer than a second
+    goes on in a judge that is kept for the slow."""
+    cached_verdicts: int = Field(default=65_536, ge=0)
+    """How many verdicts one worker remembers, by answer and reference."""
     memory_mb: int = Field(default=1024, ge=256)
     """Address space of one judge, in MiB. Sympy alone takes up about 100 of them."""
 

@@ -3,7 +3,7 @@
 Started by `verifier.sandbox` as `python -m verifier.judge SETUP`. Standard input is a socket. Each
 frame on it is a length (4 bytes, big endian) and that many bytes of JSON:
 
-    in   {"kind": …, "completion": …, "reference": …}
+    in   {"kind": …, "text": …, "reference": …}    text: the completion, or the answer from it
     out  {"ready": true} once, then {"outcome": …, "reason": …} or {"fault": …} for each job
 
 A fault, and any other end of a job, is this process's end too: the parent kills it and starts
@@ -62,7 +62,7 @@ def main() -> None:
     while header := jobs.read(LENGTH.size):
         try:
             job = json.loads(jobs.read(*LENGTH.unpack(header)))
-            verdict = judges[job["kind"]](job["completion"], job["reference"])
+            verdict = judges[job["kind"]](job["text"], job["reference"])
         except MemoryError:
             _send(replies, {"fault": f"ran out of its {setup.memory_mb} MiB of memory"})
             signal.pause()  # the parent kills it; an exit could reset the socket under the reply
@@ -106,9 +106,9 @@ def _load(kind: str, answer_marker: str | None) -> Judge:
         return functools.partial(exact.judge, marker=answer_marker)
     from verifier import math_answer
 
-    math_answer.judge(r"\boxed{\frac{1}{2}}", "0.5")
-    math_answer.judge("the answer is $x^2$", "(1, 2]")
-    return math_answer.judge
+    math_answer.compare(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}")
+    math_answer.compare("x^2 > 1", r"(1, 2] \cup \{3\}")
+    return math_answer.compare
 
 
 def _send(replies: BinaryIO, message: dict[str, Any]) -> None:

@@ -5,8 +5,10 @@
 
 Judges are persistent, because importing sympy takes a second. One that hangs, dies or runs out
 of memory is killed and replaced and its job is tried once more, since the fault may have been
-the machine's or an earlier job's. After that the verdict is `unknown`. What goes back and forth
-is JSON (`verifier.judge` has the form), never pickle.
+the machine's or an earlier job's. After that the verdict is `unknown`. The first try has a
+second at most and the other one goes to a judge of its own kind, so that slow jobs queue behind
+one another and never before a quick one. What goes back and forth is JSON (`verifier.judge` has
+the form), never pickle.
 """
 
 from __future__ import annotations
@@ -29,14 +31,17 @@ from typing import IO, Any, Self
 
 from services.stage import Unavailable
 from services.trajectory import Verdict
-from verifier.config import Kind
+from verifier import math_text
+from verifier.cache import VerdictCache
+from verifier.config import AnswerFrom, Kind
 from verifier.judge import LENGTH, Setup, frame
 
 log = logging.getLogger(__name__)
 
 START_DEADLINE_S = 120.0  # a cold import of sympy from a network disk takes a while
 _EXIT_DEADLINE_S = 1.0  # between a judge's closed socket and its exit status
-_ATTEMPTS = 2
+_QUICK_S = 1.0  # what takes longer has its second try among the slow ones
+_QUICK_PER_SLOW = 4
 _MAX_REPLY_BYTES = 64 * 1024
 _ROOT = str(Path(__file__).parents[1])  # so that a judge finds the package wherever it runs
 _INHERITED = ("PATH", "LD_LIBRARY_PATH")  # all that a judge sees of this process's environment
@@ -53,10 +58,13 @@ class JudgePool:
 
     Args:
         kinds: what the judges can do; only these are imported.
-        judges: how many processes. The others start with their first job.
+        judges: how many processes. The others start with their first job, and so does the one
+            for slow jobs that is added to every four of them.
         deadline_s: seconds for one judgement, start-up and waiting for a free judge not counted.
         memory_mb: address space of one judge, in MiB.
         answer_marker: see `verifier.exact`.
+        answer_from: see `verifier.math_text`.
+        cached_verdicts: how many verdicts are remembered by answer and reference.
 
     Raises:
         Unavailable: (on entering) the first judge did not start; with the last that it said.
@@ -70,12 +78,18 @@ class JudgePool:
         deadline_s: float = 5.0,
         memory_mb: int = 1024,
         answer_marker: str | None = None,
+        answer_from: AnswerFrom = "boxed",
+        cached_verdicts: int = 0,
     ) -> None:
         self._count = judges
         self._deadline_s = deadline_s
+        self._answer_from: AnswerFrom = answer_from
+        self._cache = VerdictCache(cached_verdicts)
+        self._waiting = 0
         self._setup = Setup(os.getpid(), memory_mb, tuple(sorted(kinds)), answer_marker)
         self._judges: list[_Judge] = []
-        self._idle: asyncio.Queue[_Judge] = asyncio.Queue()
+        self._quick: asyncio.Queue[_Judge] = asyncio.Queue()
+        self._slow: asyncio.Queue[_Judge] = asyncio.Queue()
         self._resources = AsyncExitStack()
 
     @property
@@ -86,17 +100,23 @@ class JudgePool:
     @property
     def busy(self) -> int:
         """How many judges are taken: at work, or being replaced for it."""
-        return len(self._judges) - self._idle.qsize()
+        return len(self._judges) - self._quick.qsize() - self._slow.qsize()
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait for a judge."""
+        return self._waiting
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as resources:
-            for _ in range(self._count):
+            slow = -(-self._count // _QUICK_PER_SLOW)
+            for place in range(self._count + slow):
                 # A file, unlike a pipe, never blocks its writer; a judge can fill 64 KiB of it.
                 stderr = resources.enter_context(TemporaryFile())  # noqa: SIM115 - the stack closes it
                 judge = _Judge(self._setup, stderr)
                 resources.push_async_callback(judge.close)
                 self._judges.append(judge)
-                self._idle.put_nowait(judge)
+                (self._quick if place < self._count else self._slow).put_nowait(judge)
             await self._judges[0].start()
             self._resources = resources.pop_all()
         return self
@@ -115,17 +135,33 @@ class JudgePool:
         Raises:
             Unavailable: a judge could not be started.
         """
-        job = frame({"kind": kind, "completion": completion, "reference": reference})
+        text = completion
+        if kind == "math":
+            text = math_text.extract(completion, self._answer_from) or ""
+            if not text:
+                return math_text.NO_ANSWER
+        verdict = self._cache.get(kind, text, reference)
+        if verdict is None:
+            verdict = await self._ask(frame({"kind": kind, "text": text, "reference": reference}))
+            self._cache.put(verdict, kind, text, reference)
+        return verdict
+
+    async def _ask(self, job: bytes) -> Verdict:
         reason = ""
-        for _ in range(_ATTEMPTS):
-            judge = await self._idle.get()
+        quick = min(_QUICK_S, self._deadline_s)
+        for idle, deadline_s in ((self._quick, quick), (self._slow, self._deadline_s)):
+            self._waiting += 1
             try:
-                return await judge.ask(job, self._deadline_s)
+                judge = await idle.get()
+            finally:
+                self._waiting -= 1
+            try:
+                return await judge.ask(job, deadline_s)
             except JudgeFault as fault:
                 reason = str(fault)
                 log.warning("a judge is replaced: it %s", reason)
             finally:
-                self._idle.put_nowait(judge)
+                idle.put_nowait(judge)
         return Verdict("unknown", f"the judge {reason}")
 
 

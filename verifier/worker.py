@@ -48,6 +48,8 @@ class VerifierWorker:
                     deadline_s=config.deadline_s,
                     memory_mb=config.memory_mb,
                     answer_marker=config.answer_marker,
+                    answer_from=config.answer_from,
+                    cached_verdicts=config.cached_verdicts,
                 )
             )
 

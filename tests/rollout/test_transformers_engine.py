@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from transformers import PreTrainedModel
 
 from rollout.engine import Completion, SamplingError, WeightsMismatch
 from rollout.transformers_engine import (
@@ -34,9 +36,9 @@ END = (1,)
 PROMPTS = ([5], [2, 3, 4], [7, 8, 9, 10, 11, 12, 13], [(3 * i) % 22 + 2 for i in range(40)])
 
 
-def engine_of(model: torch.nn.Module, *, batch_sequences: int = 64) -> TransformersEngine:
+def engine_of(model: PreTrainedModel, *, batch_sequences: int = 64) -> TransformersEngine:
     return TransformersEngine(
-        model,  # type: ignore[arg-type]
+        model,
         END,
         batch_sequences=batch_sequences,
         probe_tolerance=1e-3,
@@ -52,8 +54,8 @@ async def engine() -> AsyncIterator[TransformersEngine]:
     await made.close()
 
 
-def requests(**changes: int | float) -> list[Request]:
-    sampling = replace(Sampling(n=3, max_tokens=20), **changes)  # type: ignore[arg-type]
+def requests(**changes: Any) -> list[Request]:
+    sampling = replace(Sampling(n=3, max_tokens=20), **changes)
     return [Request(p, replace(sampling, seed=i)) for i, p in enumerate(PROMPTS)]
 
 
@@ -62,12 +64,12 @@ def tokens(group: Sequence[Completion]) -> list[list[int]]:
 
 
 def assert_sampled_from(
-    model: torch.nn.Module, request: Request, group: Sequence[Completion], *, atol: float = 1e-4
+    model: PreTrainedModel, request: Request, group: Sequence[Completion], *, atol: float = 1e-4
 ) -> None:
     start = len(request.prompt_ids)
     for completion in group:
         ids = [*request.prompt_ids, *completion.token_ids.tolist()]
-        expected = full_logprobs(model, ids, request.sampling.temperature)[start - 1 :]  # type: ignore[arg-type]
+        expected = full_logprobs(model, ids, request.sampling.temperature)[start - 1 :]
         np.testing.assert_allclose(completion.logprobs, expected, atol=atol)
 
 
@@ -156,7 +158,7 @@ def test_every_end_token_ends() -> None:
 def test_a_prompt_is_prefilled_once_and_finished_rows_are_dropped() -> None:
     model, batch = tiny_model(0), requests(n=16)
     shapes: list[tuple[int, ...]] = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(  # type: ignore[no-untyped-call]
+    hook = model.get_input_embeddings().register_forward_pre_hook(
         lambda _, args: shapes.append(tuple(args[0].shape))
     )
     groups = sample_groups(model, batch, END)
@@ -219,7 +221,7 @@ async def test_new_weights_are_sampled_from(engine: TransformersEngine) -> None:
 
 
 def test_weights_are_cast_to_the_models_precision() -> None:
-    half = tiny_model(1).to(torch.bfloat16)
+    half = tiny_model(1).bfloat16()
     model = tiny_model(0)
     copy_weights(model, Weights.flatten(1, half.named_parameters(), [2, 3], [0.0]))
     expected = dict(half.named_parameters())

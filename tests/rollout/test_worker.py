@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 
 from rollout import worker as worker_module
@@ -27,6 +28,15 @@ from tests.rollout.conftest import full_logprobs, published
 from tests.rollout.fakes import FakeWeightStore
 
 DEADLINE_S = 20.0
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def evaluation(connection: Connection) -> AsyncIterator[Streams]:
+    """The second lane, which every worker reads from first."""
+    lane = connection.streams(EVAL)
+    await lane.create()
+    yield lane
+    await lane.redis.aclose()
 
 
 def worker(
@@ -126,17 +136,14 @@ async def test_the_same_prompt_gives_the_same_group_wherever_it_is_sampled(
 
 
 async def test_evaluation_has_a_lane_of_its_own(
-    connection: Connection, streams: Streams, student: Path
+    connection: Connection, streams: Streams, evaluation: Streams, student: Path
 ) -> None:
-    lane = connection.streams(EVAL)
-    await lane.create()
-    await feed(lane, make_prompt(0))
+    await feed(evaluation, make_prompt(0))
     await feed(streams, make_prompt(1))
     async with working(worker(connection, student, await store_with(0))):
-        (evaluated,) = await until_sampled(lane, 1)
+        (evaluated,) = await until_sampled(evaluation, 1)
         (trained,) = await until_sampled(streams, 1)
     assert (evaluated.prompt.order, trained.prompt.order) == (0, 1)
-    await lane.redis.aclose()
 
 
 async def test_a_prompt_that_cannot_be_sampled_dies_alone(
