@@ -40,7 +40,7 @@ from services.metrics import Recorder
 from services.redis_server import EmbeddedRedis, resolve_url
 from services.stage import EVAL, Connection
 from services.streams import Ledger, Streams
-from services.weight_store import start_store
+from services.weight_store import StoreFeed, start_store
 from teacher.serve import deploy_teacher
 from teacher.worker import TeacherWorker
 from trainer.checkpoint import latest
@@ -200,7 +200,7 @@ class Run:
                 )
 
         role("rollout", RolloutWorker, config.rollout.workers, config.rollout.resources,
-             connection, config.rollout, config.student, store)  # fmt: skip
+             connection, config.rollout, config.student, StoreFeed(store))  # fmt: skip
         role("verifier", VerifierWorker, config.verifier.workers, config.verifier.resources,
              connection, config.verifier)  # fmt: skip
         role("scorer", TeacherWorker, config.teacher.workers, Resources(cpus=0.0),

@@ -25,7 +25,7 @@ from rollout.engine import Completion, Engine, build_engine
 from services.models import load_tokenizer
 from services.stage import EVAL, Connection, Stage, Unavailable
 from services.trajectory import Prompt, RolloutGroup, Trajectory, decode, encode
-from services.weights import Weights
+from services.weights import WeightFeed
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class RolloutWorker:
         config: its engine and its limits.
         model_path: the student's directory, for its architecture and tokenizer. Its weights are
             replaced by the learner's before anything is sampled.
-        weight_store: handle of the actor `services.weight_store.WeightStore`.
+        weights: where the learner's weights come from.
         name: for logs and status; it need not be unique.
     """
 
@@ -55,13 +55,13 @@ class RolloutWorker:
         connection: Connection,
         config: RolloutConfig,
         model_path: str,
-        weight_store: Any,
+        weights: WeightFeed,
         name: str,
     ) -> None:
         self._connection = connection
         self._config = config
         self._model_path = model_path
-        self._store = weight_store
+        self._weights = weights
         self._name = name
         self._version = -1  # the newest that the engine has; -1 before the first
         self._changed = asyncio.Condition()
@@ -161,16 +161,14 @@ class RolloutWorker:
             await self._load_newer(engine, _POLL_S)
 
     async def _load_newer(self, engine: Engine, timeout_s: float) -> bool:
-        newest = await self._store.newest.remote(self._version, timeout_s)
-        if newest is None:
+        weights = await self._weights.next(timeout_s)
+        if weights is None:
             return False
-        version, (reference,) = newest
-        weights: Weights = await reference
         await engine.load_weights(weights)
         async with self._changed:
-            self._version = version
+            self._version = weights.version
             self._changed.notify_all()
-        log.info("%s: weights version %d", self._name, version)
+        log.info("%s: weights version %d", self._name, weights.version)
         return True
 
 

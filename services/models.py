@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +134,10 @@ def probe_tokens(vocab_size: int, length: int = 32) -> list[int]:
 
 
 def probe_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Largest absolute difference between two sets of log-probs of the probe, in nats."""
-    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    """Largest absolute difference between two sets of log-probs of the probe, in nats; NaN when
+    one of them is no number."""
+    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.nan
 
 
 def _weights_hash(directory: Path) -> str:

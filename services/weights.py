@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,3 +61,12 @@ class Weights:
             part = part if offset % dtype.itemsize == 0 else part.clone()
             yield name, part.view(dtype).view(shape)
             offset += size
+
+
+class WeightFeed(Protocol):
+    """Where an engine's weights come from; each engine has a feed of its own."""
+
+    async def next(self, timeout_s: float) -> Weights | None:
+        """The newest published weights, unless the last call gave these very ones; waits up to
+        `timeout_s` for them, and gives None when there are none."""
+        ...

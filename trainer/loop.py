@@ -23,6 +23,7 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer, get_device
 
@@ -38,6 +39,8 @@ from trainer.reader import GroupReader
 log = logging.getLogger(__name__)
 
 _PUBLISH_TIMEOUT_S = 300.0
+_PUBLISH_RETRY_S = 0.5
+_LOOK_AFTER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class _Leader:
         self._config = config
         self._learner = learner
         self._tokenizer = load_tokenizer(config.student)
+        self._store_checked = time.monotonic()
         self._reader = GroupReader(
             config.connection,
             need=learner.objective.teacher,
@@ -118,7 +122,7 @@ class _Leader:
         """One turn of the loop in the module's docstring; False when nothing is left."""
         laps: Metrics = {}
         with _timed(laps, "wait"):
-            taken = runner.run(self._reader.next_step())
+            taken = runner.run(self._reader.next_step(self._look_after_store))
             groups = _broadcast([item.payload for item in taken])
         if not groups:
             return False
@@ -140,9 +144,32 @@ class _Leader:
         return True
 
     def _publish(self) -> None:
+        """Hands this version to the store; returns when the store owns it."""
         weights = self._learner.weights()
-        done = self._config.weight_store.publish.remote(weights.version, weights)
-        ray.get(done, timeout=_PUBLISH_TIMEOUT_S)
+        deadline = time.monotonic() + _PUBLISH_TIMEOUT_S
+        while True:
+            done = self._config.weight_store.publish.remote(weights.version, weights)
+            try:
+                ray.get(done, timeout=_PUBLISH_TIMEOUT_S)
+                return
+            except RayActorError:  # it is being restarted
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_PUBLISH_RETRY_S)
+
+    def _look_after_store(self) -> None:
+        """Publishes again when the store was restarted: without weights nothing is sampled, and
+        without samples there would be no next step to publish after."""
+        if time.monotonic() - self._store_checked < _LOOK_AFTER_S:
+            return
+        self._store_checked = time.monotonic()
+        try:
+            held = ray.get(self._config.weight_store.version.remote(), timeout=_LOOK_AFTER_S)
+        except (RayActorError, GetTimeoutError) as error:
+            log.warning("the weight store cannot be reached: %s", error)
+            return
+        if held is None:
+            self._publish()
 
     def _checkpoint(self, runner: asyncio.Runner) -> None:
         checkpoint.save(

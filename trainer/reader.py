@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from services.stage import Connection
 from services.streams import Claim, Ledger, claim
@@ -86,8 +86,9 @@ class GroupReader:
         """Prompts that the model has learned from."""
         return len(self.covered)
 
-    async def next_step(self) -> list[Claim]:
-        """The groups of the next step; none when all are trained.
+    async def next_step(self, while_waiting: Callable[[], None] = lambda: None) -> list[Claim]:
+        """The groups of the next step; none when all are trained. Calls `while_waiting` about
+        every half second until they are there.
 
         Raises:
             Stalled: the groups did not come within the timeout.
@@ -99,6 +100,7 @@ class GroupReader:
             wanted = min(self._groups_per_step, left)
             if len(self._ready) >= wanted:
                 return [self._ready.popleft() for _ in range(wanted)]
+            while_waiting()
             if time.monotonic() > deadline:
                 raise Stalled(
                     f"the learner waited {self._timeout_s:.0f} s for {wanted} scored groups and "

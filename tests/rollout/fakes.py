@@ -3,56 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 from services.weights import Weights
-
-
-class Method:
-    """What a Ray actor handle has for each of the actor's methods."""
-
-    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
-        self.remote = call
 
 
 class FakeWeightStore:
     """`services.weight_store.WeightStore` in this process: same rules, no Ray."""
 
     def __init__(self) -> None:
-        self.newest = Method(self._newest)
         self.failure: Exception | None = None
-        self._weights: Weights | None = None
-        self._published = asyncio.Condition()
+        self.weights: Weights | None = None
+        self.count = 0
+        self.published = asyncio.Condition()
 
     async def publish(self, weights: Weights) -> None:
-        async with self._published:
-            self._weights = weights
-            self._published.notify_all()
+        async with self.published:
+            self.weights = weights
+            self.count += 1
+            self.published.notify_all()
 
     async def break_down(self, failure: Exception) -> None:
         """From now on every request fails, those that wait included."""
-        async with self._published:
+        async with self.published:
             self.failure = failure
-            self._published.notify_all()
+            self.published.notify_all()
 
-    async def _newest(
-        self, have: int, timeout_s: float
-    ) -> tuple[int, list[Awaitable[Weights]]] | None:
-        async with self._published:
+    def feed(self) -> FakeFeed:
+        return FakeFeed(self)
+
+
+class FakeFeed:
+    """One worker's `services.weights.WeightFeed`."""
+
+    def __init__(self, store: FakeWeightStore) -> None:
+        self._store = store
+        self._seen = 0
+
+    async def next(self, timeout_s: float) -> Weights | None:
+        store = self._store
+        async with store.published:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._published.wait_for(
-                        lambda: (
-                            self.failure is not None
-                            or (self._weights is not None and self._weights.version != have)
-                        )
+                    await store.published.wait_for(
+                        lambda: store.failure is not None or store.count > self._seen
                     )
             except TimeoutError:
                 return None
-        if self.failure is not None:
-            raise self.failure
-        assert self._weights is not None
-        reference: asyncio.Future[Weights] = asyncio.get_running_loop().create_future()
-        reference.set_result(self._weights)
-        return self._weights.version, [reference]
+        if store.failure is not None:
+            raise store.failure
+        self._seen = store.count
+        return store.weights

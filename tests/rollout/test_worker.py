@@ -43,7 +43,7 @@ def worker(
     connection: Connection, student: Path, store: FakeWeightStore, **changes: Any
 ) -> RolloutWorker:
     config = RolloutConfig.model_validate({"engine": {"device": "cpu"}, **changes})
-    return RolloutWorker(connection, config, str(student), store, "rollout-0")
+    return RolloutWorker(connection, config, str(student), store.feed(), "rollout-0")
 
 
 @asynccontextmanager
