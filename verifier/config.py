@@ -25,7 +25,7 @@ class VerifierConfig(Config):
     kinds: dict[str, Kind] = Field(default_factory=dict)
     """Another kind for some data sources: `data_source: kind`."""
     answer_from: AnswerFrom = "boxed"
-    r"""For `math`: the answer is the last `\boxed{}`, what follows the last `####`, or the last line."""
+    r"""For `math`: the last `\boxed{}`, what follows the last `####`, or the last line."""
     answer_marker: str | None = Field(default=None, min_length=1)
     """For `exact`: what follows the last marker is the answer; None takes the whole text."""
     overlong: Overlong = "incorrect"

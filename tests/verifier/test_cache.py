@@ -1,0 +1,42 @@
+"""Verdicts are remembered by answer and reference, and the oldest are forgotten."""
+
+from __future__ import annotations
+
+from services.trajectory import Verdict
+from verifier.cache import VerdictCache
+from verifier.sandbox import JudgePool
+
+RIGHT, WRONG = Verdict("correct", "it is"), Verdict("incorrect", "it is not")
+
+
+def test_the_one_that_was_asked_for_the_longest_ago_is_forgotten() -> None:
+    cache = VerdictCache(2)
+    cache.put(RIGHT, "math", "1", "1")
+    cache.put(WRONG, "math", "2", "1")
+    assert cache.get("math", "1", "1") == RIGHT
+    cache.put(WRONG, "math", "3", "1")
+    assert cache.get("math", "2", "1") is None
+    assert cache.get("math", "1", "1") == RIGHT
+    assert len(cache) == 2
+
+
+def test_no_two_keys_are_taken_for_one() -> None:
+    cache = VerdictCache(10)
+    cache.put(RIGHT, "math", "1", "2")
+    assert cache.get("math", "12", "") is None
+    assert cache.get("math", '1", "2', "") is None
+    assert cache.get("exact", "1", "2") is None
+
+
+def test_nothing_is_remembered_where_nothing_shall_be() -> None:
+    cache = VerdictCache(0)
+    cache.put(RIGHT, "1", "1")
+    assert cache.get("1", "1") is None
+
+
+async def test_an_answer_is_judged_once_however_it_was_reached() -> None:
+    async with JudgePool({"math"}, cached_verdicts=8) as pool:
+        first = await pool.judge("math", r"At last \boxed{\frac{1}{2}}", "0.5")
+        assert first.outcome == "correct"
+    # The judges are gone, so that nobody but the memory can answer.
+    assert await pool.judge("math", r"I guess \boxed{\frac{1}{2}}!", "0.5") == first
