@@ -13,6 +13,7 @@ from deploy.evaluate import Result
 from services.streams import Ledger
 
 _PLAIN_EVERY_S = 5.0
+_PLAIN_IDLE_S = 60.0  # when no step has finished since the last line
 
 # Heading, metric, format: the columns of the live table and of the plain lines.
 _COLUMNS = (
@@ -34,6 +35,7 @@ class Console:
         self._live = Live(console=self._rich, refresh_per_second=4, transient=True)
         self._record: dict[str, Any] = {}
         self._last_plain = 0.0
+        self._last_step = -1
 
     def __enter__(self) -> Console:
         if self._rich.is_terminal:
@@ -55,8 +57,10 @@ class Console:
         """Shows where the run is."""
         if self._rich.is_terminal:
             self._live.update(self._table(ledger, total))
-        elif self._record and time.monotonic() - self._last_plain > _PLAIN_EVERY_S:
-            self._last_plain = time.monotonic()
+            return
+        every = _PLAIN_IDLE_S if ledger.step == self._last_step else _PLAIN_EVERY_S
+        if self._record and time.monotonic() - self._last_plain > every:
+            self._last_plain, self._last_step = time.monotonic(), ledger.step
             cells = "  ".join(f"{head} {text}" for head, text in self._cells())
             self.say(f"step {ledger.step}  {cells}  {_queues(ledger)}")
 

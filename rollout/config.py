@@ -65,7 +65,12 @@ class EngineConfig(Config):
     device: str = "auto"
     """A torch device; `auto` is `cuda` where there is one, `cpu` elsewhere."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """More arguments for vLLM's engine; the transformers engine takes none."""
+    """More arguments for vLLM's engine, by the names of its `AsyncEngineArgs`; the transformers
+    engine takes none. `logprobs_mode` is always `processed_logprobs`: log-probs of the
+    distribution that was sampled from, temperature applied, as the importance ratio needs them."""
+    in_flight: Literal["wait"] = "wait"
+    """What becomes of groups in flight when new weights come in: they are finished first, so that
+    all tokens of a group come from one version."""
 
 
 class RolloutConfig(Config):

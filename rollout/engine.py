@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
@@ -82,10 +82,7 @@ def build_engine(config: RolloutConfig, model_path: str) -> Engine:
     """
     engine = config.engine
     if _kind(engine) == "vllm":
-        raise EngineError(
-            "the vLLM engine is not available for rollout: set rollout.engine.kind to "
-            "'transformers'"
-        )
+        return _build_vllm(config, model_path)
     if engine.args:
         raise EngineError(
             f"the transformers engine takes no arguments, got {', '.join(sorted(engine.args))}"
@@ -104,6 +101,21 @@ def build_engine(config: RolloutConfig, model_path: str) -> Engine:
     )
 
 
+def _build_vllm(config: RolloutConfig, model_path: str) -> Engine:
+    if not find_spec("vllm"):
+        raise EngineError(
+            "rollout.engine.kind is 'vllm', and vLLM is not installed: install the extra 'vllm' "
+            "(GPU) or run make install (CPU), or set rollout.engine.kind to 'transformers'"
+        )
+    from rollout.vllm_engine import VLLMEngine
+    from services.vllm_core import VLLMError
+
+    try:
+        return VLLMEngine(config, model_path)
+    except VLLMError as error:
+        raise EngineError(f"rollout: {error}") from error
+
+
 def check_request(prompt_ids: Sequence[int], sampling: Sampling, *, vocab_size: int) -> None:
     """Refuses what no engine can sample, before it joins a batch and breaks that of others.
 
@@ -120,6 +132,24 @@ def check_request(prompt_ids: Sequence[int], sampling: Sampling, *, vocab_size: 
         raise BadItem(f"temperature must be positive and finite, not {sampling.temperature}")
     if sampling.top_p != 1.0:
         raise BadItem(f"top_p is {sampling.top_p}, but training needs log-probs without top-p")
+
+
+def check_manifest(weights: Weights, own: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares the names and shapes of `weights` with those of the engine's model.
+
+    Raises:
+        WeightsMismatch: it names every difference.
+    """
+    given = {name: shape for name, _, shape in weights.manifest}
+    problems = [f"{name} is missing" for name in own.keys() - given.keys()]
+    problems += [f"{name} is not in the model" for name in given.keys() - own.keys()]
+    problems += [
+        f"{name} is {list(given[name])}, not {list(own[name])}"
+        for name in own.keys() & given.keys()
+        if own[name] != given[name]
+    ]
+    if problems:
+        raise WeightsMismatch(f"weights version {weights.version}: {'; '.join(sorted(problems))}")
 
 
 def check_probe(weights: Weights, logprobs: Sequence[float], tolerance: float) -> None:

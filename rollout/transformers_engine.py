@@ -24,7 +24,7 @@ from rollout.engine import (
     Completion,
     Sampled,
     SamplingError,
-    WeightsMismatch,
+    check_manifest,
     check_probe,
     check_request,
 )
@@ -149,17 +149,7 @@ def copy_weights(model: PreTrainedModel, weights: Weights) -> None:
         WeightsMismatch: names or shapes differ; nothing has been written then.
     """
     parameters = dict(model.named_parameters())
-    own = {name: tuple(p.shape) for name, p in parameters.items()}
-    given = {name: shape for name, _, shape in weights.manifest}
-    problems = [f"{name} is missing" for name in own.keys() - given.keys()]
-    problems += [f"{name} is not in the model" for name in given.keys() - own.keys()]
-    problems += [
-        f"{name} is {list(given[name])}, not {list(own[name])}"
-        for name in own.keys() & given.keys()
-        if own[name] != given[name]
-    ]
-    if problems:
-        raise WeightsMismatch(f"weights version {weights.version}: {'; '.join(sorted(problems))}")
+    check_manifest(weights, {name: tuple(p.shape) for name, p in parameters.items()})
     for name, tensor in weights.tensors():
         parameters[name].copy_(tensor)
 

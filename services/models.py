@@ -69,6 +69,17 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
+def parameter_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters that `load_model` would give, without reading them.
+    Tied parameters are listed once, under the name that the learner publishes."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate(path)))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 def end_tokens(path: str) -> tuple[int, ...]:
     """Token ids that end a completion, from the generation config or else the config."""
     directory = locate(path)

@@ -179,6 +179,7 @@ class Streams:
         self.redis = redis
         self.run = run
         self._prefix = f"scope:{{{run}}}:{lane}:" if lane else f"scope:{{{run}}}:"
+        self._workers = f"scope:{{{run}}}:workers"  # of the run: a worker serves every lane
         register = redis.register_script
         self._feed = register(_FEED)
         self._hand_off = register(_HAND_OFF)
@@ -364,11 +365,11 @@ class Streams:
 
     async def report(self, worker: str, state: dict[str, Any]) -> None:
         """Leaves a worker's state where `scope status` finds it (HSET)."""
-        await self.redis.hset(self.key("workers"), worker, json.dumps(state))
+        await self.redis.hset(self._workers, worker, json.dumps(state))
 
     async def reports(self) -> dict[str, dict[str, Any]]:
         """The last state that each worker left."""
-        raw: Any = await self.redis.hgetall(self.key("workers"))
+        raw: Any = await self.redis.hgetall(self._workers)
         return {worker.decode(): json.loads(state) for worker, state in raw.items()}
 
 
