@@ -85,9 +85,9 @@ def _execute(settings: Any, *, directory: Path | None) -> None:
         made = launch.start(settings, console, directory=directory)
         try:
             asyncio.run(made.execute())
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, asyncio.CancelledError):
             console.say(f"interrupted; continue with: scope resume {made.directory}")
-            raise
+            raise SystemExit(130) from None
     console.results(made.evaluations)
     console.say(f"run directory:  {made.directory}")
     console.say(f"exported model: {made.directory / 'export'}")

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -90,6 +91,7 @@ class Run:
         async with AsyncExitStack() as stack:
             connection = self._start_redis(stack)
             self._start_ray(stack)
+            _cancel_on_signals()
             streams = connection.streams()
             stack.push_async_callback(streams.redis.aclose)
             await self._prepare_streams(streams, connection)
@@ -403,6 +405,15 @@ async def _unless(watch: asyncio.Task[None], work: Awaitable[None]) -> None:
     task.result()
 
 
+def _cancel_on_signals() -> None:
+    """Makes Ctrl-C and SIGTERM cancel the task that calls this, so that everything is stopped in
+    order. To be called after `ray.init`, which puts handlers of its own in place."""
+    task = asyncio.current_task()
+    assert task is not None
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
+
+
 def _root(error: BaseException) -> str:
     """The last line of what an error was caused by: Ray wraps it several times."""
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -414,6 +425,7 @@ def _in_thread(work: Callable[[], object]) -> asyncio.Future[None]:
     comes back does not keep the process from ending."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # is looked at
 
     def settle(error: BaseException | None) -> None:
         if future.done():
