@@ -77,6 +77,21 @@ def status(
     typer.echo(json.dumps(found, indent=2) if as_json else render(found))
 
 
+@app.command()
+def dead(
+    run_dir: RunDir,
+    show: Annotated[str | None, typer.Option(help="Print one item's traceback.")] = None,
+    requeue: Annotated[bool, typer.Option(help="Put every dead item back to work.")] = False,
+) -> None:
+    """List the items that were given up, with what broke them; show or requeue them."""
+    from deploy.dead import requeue_all, table
+
+    if requeue:
+        typer.echo(f"{asyncio.run(requeue_all(run_dir))} items put back")
+    else:
+        typer.echo(asyncio.run(table(run_dir, show)))
+
+
 def _execute(settings: Any, *, directory: Path | None) -> None:
     from deploy import launch
     from deploy.console import Console

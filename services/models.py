@@ -75,8 +75,9 @@ def parameter_shapes(path: str) -> dict[str, tuple[int, ...]]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    factory: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate(path)))
+        model = factory.from_config(AutoConfig.from_pretrained(locate(path)))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

@@ -79,7 +79,7 @@ class EmbeddedRedis:
             preexec_fn=_die_with_parent,
         )
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self.running or not _answers(self.url):
+        while not self.running or not answers(self.url):
             if not self.running or time.monotonic() > deadline:
                 raise RedisUnavailable(f"redis-server did not start: {self._last_log_lines()}")
             time.sleep(0.02)
@@ -144,7 +144,8 @@ def connect(url: str, *, retries: int = 8) -> Redis:
     )
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a server answers at `url` now."""
     client = redis_sync.Redis.from_url(url)
     try:
         return bool(client.ping())

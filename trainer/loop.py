@@ -100,6 +100,7 @@ class _Leader:
         self._learner = learner
         self._tokenizer = load_tokenizer(config.student)
         self._store_checked = time.monotonic()
+        self._carried: Metrics = {}  # time spent after the last step's record
         self._reader = GroupReader(
             config.connection,
             need=learner.objective.teacher,
@@ -120,7 +121,7 @@ class _Leader:
 
     def _one_step(self, runner: asyncio.Runner) -> bool:
         """One turn of the loop in the module's docstring; False when nothing is left."""
-        laps: Metrics = {}
+        laps, self._carried = self._carried, {}
         with _timed(laps, "wait"):
             taken = runner.run(self._reader.next_step(self._look_after_store))
             groups = _broadcast([item.payload for item in taken])
@@ -133,14 +134,12 @@ class _Leader:
             self._publish()
         orders = [group.prompt.order for group in batch.groups]
         runner.run(self._reader.trained(self._learner.step_number, taken, orders))
-        with _timed(laps, "checkpoint"):
-            if self._learner.step_number % self._config.trainer.checkpoint.every_steps == 0:
+        runner.run(self._record(metrics | laps | _group_metrics(batch.groups, version)))
+        # After the record, so that no step of the surviving history goes without one. The time
+        # that it takes is the next step's, which waits for it.
+        if self._learner.step_number % self._config.trainer.checkpoint.every_steps == 0:
+            with _timed(self._carried, "checkpoint"):
                 self._checkpoint(runner)
-        metrics |= laps | _group_metrics(batch.groups, version)
-        metrics["throughput/trained_tokens_per_s"] = metrics["tokens/trained"] / sum(
-            v for k, v in metrics.items() if k.startswith("timing_s/")
-        )
-        runner.run(self._record(metrics))
         return True
 
     def _publish(self) -> None:
@@ -188,6 +187,8 @@ class _Leader:
 
     async def _record(self, metrics: Metrics) -> None:
         """Leaves the step's metrics for the driver, which writes them (XADD)."""
+        seconds = sum(v for k, v in metrics.items() if k.startswith("timing_s/"))
+        metrics["throughput/trained_tokens_per_s"] = metrics["tokens/trained"] / seconds
         streams = self._reader.streams
         ledger = await streams.ledger()
         depths = {f"queue/{name}": float(depth) for name, depth in ledger.depth.items()}
@@ -214,6 +215,7 @@ def _group_metrics(groups: Sequence[ScoredGroup], version: int) -> Metrics:
     outcomes = [v.outcome for g in groups for v in g.verified.verdicts]
     count = len(trajectories)
     return {
+        "batch/groups": float(len(groups)),
         "reward/accuracy": outcomes.count("correct") / count,
         "scope/unknown_fraction": outcomes.count("unknown") / count,
         "staleness/mean": float(np.mean([version - g.rollout.weight_version for g in groups])),
