@@ -1,0 +1,219 @@
+"""Kills random parts of a real run with `kill -9`, and reports what became of it.
+
+    python -m tests.deploy.chaos --kills 100 --seed 0 --json report.json      (make chaos)
+
+A kill waits until the run makes progress, so that each one is recovered from before the next.
+At the end every prompt must have been trained exactly once in the surviving history: the last
+checkpoint's own list of prompts and the metrics of its steps are the witnesses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+from services.metrics import read
+
+ROOT = Path(__file__).parents[2]
+SCOPE = Path(sys.executable).parent / "scope"
+GROUPS_PER_STEP = 4
+STEPS_PER_KILL = 25
+RECOVERY_S = 240.0  # past this a kill was not recovered from
+SLEEP_S = 6.0  # how long a stopped worker sleeps: past its lease
+
+# What a role's process is called. A Ray actor names its process after its class.
+ROLES = {
+    "rollout worker": "ray::RolloutWorker",
+    "verifier worker": "ray::VerifierWorker",
+    "judge": "verifier.judge",
+    "teacher worker": "ray::TeacherWorker",
+    "serve replica": "ray::ServeReplica",
+    "serve proxy": "ray::ProxyActor",
+    "learner rank": "ray::RayTrainWorker",
+    "weight store": "ray::WeightStore",
+    "redis": "redis-server",
+    "driver": "",
+    "stopped rollout worker": "ray::RolloutWorker",  # SIGSTOP, and SIGCONT after the take-over
+}
+
+
+@dataclass
+class Report:
+    """What happened; `lost` and `duplicated` must be 0."""
+
+    seed: int
+    kills: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    recovery_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    fed: int = 0
+    trained: int = 0
+    dead: int = 0
+    lost: int = 0
+    duplicated: int = 0
+
+    def lines(self) -> list[str]:
+        """One line a role, then the ledger."""
+        made = [
+            f"{role:24} {self.kills[role]:4} kills, recovery median "
+            f"{statistics.median(times):5.1f} s, worst {max(times):5.1f} s"
+            for role, times in sorted(self.recovery_s.items())
+        ]
+        return [
+            *made,
+            f"fed {self.fed}, trained {self.trained}, dead {self.dead}, lost {self.lost}, "
+            f"duplicated {self.duplicated}",
+        ]
+
+
+class ChaosRun:
+    """One run of the demo's topology with small steps, and the means to hurt it."""
+
+    def __init__(self, directory: Path, *, steps: int) -> None:
+        self.directory = directory / "demo"
+        self.total = steps * GROUPS_PER_STEP
+        self._log = (directory / "output.log").open("w")
+        self._driver = self._start(
+            "run", ROOT / "deploy/runs/demo.yaml", f"runs_dir={directory}",
+            f"trainer.max_steps={steps}", f"trainer.groups_per_step={GROUPS_PER_STEP}",
+            f"data.epochs={-(-self.total // 4096)}", "sampling.n=2", "evaluation=null",
+            "trainer.checkpoint.every_steps=10", "ray.dashboard=false", "stage.lease_s=3",
+            "trainer.max_failures=1000", "stage.max_deliveries=1000",
+        )  # fmt: skip
+
+    def _start(self, *arguments: object) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [SCOPE, *map(str, arguments)], cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended; raises if it failed."""
+        code = self._driver.poll()
+        if code not in (None, 0):
+            raise AssertionError(f"the run failed: {(self.directory.parent / 'output.log')}")
+        return code == 0
+
+    @property
+    def step(self) -> int:
+        path = self.directory / "ledger.json"
+        return int(json.loads(path.read_text())["step"]) if path.exists() else 0
+
+    def wait_for_progress(self, steps: int) -> None:
+        """Until `steps` more steps are done. A learner that went back counts from there."""
+        deadline = time.monotonic() + RECOVERY_S
+        last, gained = self.step, 0
+        while gained < steps and not self.finished:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no progress for {RECOVERY_S:.0f} s at step {last}")
+            time.sleep(0.05)
+            step = self.step
+            gained, last = gained + max(0, step - last), step
+
+    def kill(self, role: str) -> bool:
+        """Kills one process of `role`; False if there is none just now."""
+        if role == "driver":
+            self._driver.kill()
+            self._driver.wait()
+            self._driver = self._start("resume", self.directory)
+            return True
+        victims = [p for p in self._processes() if ROLES[role] in _title(p)]
+        if not victims:
+            return False
+        victim = victims[0]
+        if role.startswith("stopped"):
+            victim.suspend()
+            time.sleep(SLEEP_S)
+            victim.resume()
+        else:
+            os.kill(victim.pid, signal.SIGKILL)
+        return True
+
+    def _processes(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self._driver.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def close(self) -> None:
+        """Ends the run however it stands."""
+        self._driver.terminate()
+        try:
+            self._driver.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._driver.kill()
+        self._log.close()
+
+
+def chaos(directory: Path, roles: list[str], *, seed: int) -> Report:
+    """Starts a run, kills `roles` one after the other, and lets it end."""
+    report = Report(seed)
+    run = ChaosRun(directory, steps=STEPS_PER_KILL * (len(roles) + 1))
+    try:
+        run.wait_for_progress(1)
+        for role in roles:
+            if run.finished:
+                break
+            started = time.monotonic()
+            if run.kill(role):
+                run.wait_for_progress(2)
+                report.kills[role] += 1
+                report.recovery_s[role].append(time.monotonic() - started)
+                print(f"{role}: {report.recovery_s[role][-1]:.1f} s", flush=True)
+        while not run.finished:
+            run.wait_for_progress(1)
+    finally:
+        run.close()
+    _audit(run, report)
+    return report
+
+
+def _audit(run: ChaosRun, report: Report) -> None:
+    """Counts from what the run left behind, not from what it believed."""
+    ledger = json.loads((run.directory / "ledger.json").read_text())
+    report.fed, report.trained, report.dead = (ledger[k] for k in ("fed", "trained", "dead"))
+    (newest,) = sorted((run.directory / "checkpoints").glob("step-*"))[-1:]
+    covered = json.loads((newest / "state.json").read_text())["progress"]["covered"]
+    orders = [o for first, end in covered for o in range(first, end)]
+    records = read(run.directory)
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    report.lost = run.total - len(set(orders)) - report.dead
+    report.duplicated = int(sum(r["batch/groups"] for r in records)) - len(orders)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # gone meanwhile
+        return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    dice = random.Random(options.seed)
+    roles = [dice.choice(list(ROLES)) for _ in range(options.kills)]
+    with tempfile.TemporaryDirectory() as directory:
+        report = chaos(Path(directory), roles, seed=options.seed)
+    print("\n".join(report.lines()))
+    if options.json:
+        options.json.write_text(json.dumps(asdict(report), indent=1))
+    sys.exit(bool(report.lost or report.duplicated))
+
+
+if __name__ == "__main__":
+    main()

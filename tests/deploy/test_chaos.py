@@ -1,0 +1,19 @@
+"""The short form of `make chaos`: one kill of the roles that are hardest to lose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.chaos import chaos
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_prompt_is_trained_exactly_once_whatever_dies(tmp_path: Path) -> None:
+    roles = ["redis", "rollout worker", "learner rank", "driver"]
+    report = chaos(tmp_path, roles, seed=0)
+    assert dict(report.kills) == dict.fromkeys(roles, 1)
+    assert (report.lost, report.duplicated, report.dead) == (0, 0, 0)
+    assert report.fed == report.trained
