@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from services.config import Config, Resources
 
-Kind: TypeAlias = Literal["exact", "math"]
+Kind: TypeAlias = Literal["exact", "math", "code"]
 AnswerFrom: TypeAlias = Literal["boxed", "hashes", "final_line"]
 Overlong: TypeAlias = Literal["incorrect", "mask"]
+
+
+class CodeConfig(Config):
+    """How untrusted programs are run. A reference may ask for less time or memory, not for more."""
+
+    sandbox: Literal["bubblewrap", "landlock"] = "bubblewrap"
+    """What confines them. It is never exchanged for something weaker: see docs/verifier.md."""
+    python: Path | None = None
+    """The interpreter that runs them, with the packages that it has; None takes the verifier's
+    own without its packages."""
+    programs: int = Field(default=1, ge=1)
+    """How many of one worker's programs run at once."""
+    time_s: float = Field(default=10.0, gt=0)
+    """Processor seconds of one test case; it is killed after twice as many on the clock."""
+    memory_mb: int = Field(default=1024, ge=64)
+    """Address space of a program, in MiB."""
+    disk_mb: int = Field(default=16, ge=1)
+    """Size of a program's private /tmp, in MiB."""
+    output_mb: int = Field(default=8, ge=1)
+    """A program that prints more, in MiB, is killed."""
 
 
 class VerifierConfig(Config):
@@ -21,7 +42,7 @@ class VerifierConfig(Config):
     capacity: int = Field(default=4, ge=1)
     """Groups that one worker holds at once."""
     kind: Kind = "math"
-    """`exact` compares text, `math` compares mathematical expressions."""
+    """`exact` compares text, `math` mathematical expressions; `code` runs programs on tests."""
     kinds: dict[str, Kind] = Field(default_factory=dict)
     """Another kind for some data sources: `data_source: kind`."""
     answer_from: AnswerFrom = "boxed"
@@ -39,6 +60,8 @@ class VerifierConfig(Config):
     """How many verdicts one worker remembers, by answer and reference."""
     memory_mb: int = Field(default=1024, ge=256)
     """Address space of one judge, in MiB. Sympy alone takes up about 100 of them."""
+
+    code: CodeConfig = CodeConfig()
 
     @property
     def used_kinds(self) -> frozenset[Kind]:

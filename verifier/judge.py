@@ -19,18 +19,18 @@ import logging
 import os
 import resource
 import signal
-import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+
+from verifier.inside import LENGTH_BYTES, frame
 
 if TYPE_CHECKING:
     from services.trajectory import Verdict
 
 Judge: TypeAlias = "Callable[[str, str], Verdict]"
 
-LENGTH = struct.Struct(">I")
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _OPEN_FILES = 64
 _LOG_BYTES = 64 * 1024  # all that may be written to a file: standard error, a traceback
@@ -46,12 +46,6 @@ class Setup:
     answer_marker: str | None
 
 
-def frame(message: dict[str, Any]) -> bytes:
-    """One message as it goes through the socket."""
-    body = json.dumps(message).encode()
-    return LENGTH.pack(len(body)) + body
-
-
 def main() -> None:
     setup = Setup(**json.loads(sys.argv[1]))
     _confine(setup)
@@ -59,9 +53,9 @@ def main() -> None:
     logging.disable()  # libraries log what they read; standard error is for this one's end
     judges = {kind: _load(kind, setup.answer_marker) for kind in setup.kinds}
     _send(replies, {"ready": True})
-    while header := jobs.read(LENGTH.size):
+    while header := jobs.read(LENGTH_BYTES):
         try:
-            job = json.loads(jobs.read(*LENGTH.unpack(header)))
+            job = json.loads(jobs.read(int.from_bytes(header, "big")))
             verdict = judges[job["kind"]](job["text"], job["reference"])
         except MemoryError:
             _send(replies, {"fault": f"ran out of its {setup.memory_mb} MiB of memory"})

@@ -34,7 +34,8 @@ from services.trajectory import Verdict
 from verifier import math_text
 from verifier.cache import VerdictCache
 from verifier.config import AnswerFrom, Kind
-from verifier.judge import LENGTH, Setup, frame
+from verifier.inside import LENGTH_BYTES, frame
+from verifier.judge import Setup
 
 log = logging.getLogger(__name__)
 
@@ -309,7 +310,7 @@ async def _receive(process: _Process) -> dict[str, Any]:
         JudgeFault: it is not JSON, or too long.
         asyncio.IncompleteReadError: the process closed its socket first.
     """
-    (length,) = LENGTH.unpack(await process.reader.readexactly(LENGTH.size))
+    length = int.from_bytes(await process.reader.readexactly(LENGTH_BYTES), "big")
     if length > _MAX_REPLY_BYTES:
         raise JudgeFault(f"sent a reply of {length} bytes")
     body = await process.reader.readexactly(length)

@@ -1,0 +1,193 @@
+"""Programs are really run here, in real sandboxes: right ones, wrong ones, slow and greedy ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from services.trajectory import Verdict
+from verifier.bubblewrap import SandboxRefused
+from verifier.code_tests import CodeJudge, program, same_output, same_value
+from verifier.config import CodeConfig
+
+CONFIG = CodeConfig(time_s=2, memory_mb=256, disk_mb=1, output_mb=1)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def judge() -> AsyncIterator[CodeJudge]:
+    yield await CodeJudge.start(CONFIG)
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SUM = {"inputs": ["1 2 3", "4 5\n"], "outputs": ["6\n", "9"]}
+ADD = {"inputs": [[1, 2], [[1], [2]]], "outputs": [3, [1, 2]], "fn_name": "add"}
+TWO_SUM = [
+    {"input": "[2,7,11,15]\n9", "output": "[0, 1]", "testtype": "functional", "fn_name": "two_sum"},
+    {"input": "[3,3]\n6", "output": "[0,1]", "testtype": "functional"},
+]
+HUMAN_EVAL = {
+    "prompt": "def double(x):\n    '''Twice x.'''\n",
+    "entry_point": "double",
+    "test": "def check(candidate):\n"
+    "    for i in range(5):\n        assert candidate(i) == i + i\n"
+    "    assert abs(candidate(0.1) - 0.2) < 1e-9\n"
+    "    assert candidate((1, 2)) == (1, 2, 1, 2)\n",
+}
+MBPP = {
+    "test_setup_code": "import math",
+    "test_list": ["assert area(1) == math.pi", "assert unit() == {'a': {1, 2}}"],
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "reference"),
+    [
+        ("print(sum(map(int, input().split())))", SUM),
+        ("import sys\nprint(sum(map(int, sys.stdin.read().split())), end='\\n\\n')", SUM),
+        ("if __name__ == '__main__':\n    print(sum(map(int, open(0).read().split())))", SUM),
+        ("def add(a, b): return a + b", ADD),
+        ("class Solution:\n def add(self, a, b):\n  print('hi')\n  return a + b", ADD),
+        (
+            "class Solution:\n"
+            "    def two_sum(self, nums: List[int], target: int) -> List[int]:\n"
+            "        seen = defaultdict(int)\n"
+            "        for i, n in enumerate(nums):\n"
+            "            if target - n in seen: return (seen[target - n], i)\n"
+            "            seen[n] = i\n",
+            TWO_SUM,
+        ),
+        ("def double(x):\n    return x + x", HUMAN_EVAL),
+        ("    return x + x", HUMAN_EVAL),
+        ("def area(r): return pi * r * r\ndef unit(): return {'a': {2, 1}}", MBPP),
+        ("import threading\nt = threading.Thread(target=lambda: print(1))\nt.start()\nt.join()",
+         {"inputs": [""], "outputs": ["1"]}),
+        ("open('note', 'w').write('7')\nprint(open('note').read())",
+         {"inputs": [""], "outputs": ["7"]}),
+        ("def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(20000))",
+         {"inputs": [""], "outputs": ["20000"]}),
+        ("print('x' * 500000)", {"inputs": ["y" * 900_000], "outputs": ["x" * 500_000]}),
+    ],
+)  # fmt: skip
+async def test_right_programs(judge: CodeJudge, source: str, reference: Any) -> None:
+    verdict = await judge.judge(f"Thus:\n```python\n{source}\n```\n", json.dumps(reference))
+    assert verdict.outcome == "correct", verdict
+
+
+@pytest.mark.parametrize(
+    ("source", "reference", "reason"),
+    [
+        ("print(6)", SUM, "case 2: the output differs"),
+        ("print(1 / 0)", SUM, "case 1: the program failed (ZeroDivisionError: division by zero)"),
+        ("print(6); exit(1)", SUM, "case 1: the program failed (exit code 1)"),
+        ("def f(:", SUM, "case 1: the program failed (SyntaxError: invalid syntax)"),
+        ("while True: pass", SUM, "case 1: the program used more than 2 s"),
+        ("print('x' * (2 << 20))", SUM, "the program printed more than 1 MiB"),
+        ("x = bytearray(1 << 30)", SUM, "case 1: the program failed (MemoryError)"),
+        ("def add(a, b): return a", ADD, "case 1: the value differs"),
+        ("def add(a, b): return True", {**ADD, "outputs": [1, 1]}, "case 1: the value differs"),
+        ("def sub(a, b): return a", ADD, "case 1: the program failed (KeyError: 'add')"),
+        ("def add(a, b): return add", ADD,
+         "case 1: the program failed (TypeError: a function is not plain data)"),
+        ("def double(x): return x", HUMAN_EVAL, "after 2 calls, a test failed (AssertionError)"),
+        ("def double(x): return None", HUMAN_EVAL, "after 1 calls, a test failed (AssertionError)"),
+        ("def double(x): raise ValueError('no')", HUMAN_EVAL,
+         "call 1: the program failed (ValueError: no)"),
+    ],
+)  # fmt: skip
+async def test_wrong_programs(judge: CodeJudge, source: str, reference: Any, reason: str) -> None:
+    verdict = await judge.judge(f"```py\n{source}\n```", json.dumps(reference))
+    assert verdict == Verdict("incorrect", reason)
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("6", "the reference cannot be read: it is neither an object nor a list"),
+        ("six", "the reference cannot be read: it is not JSON"),
+        ('{"inputs": [], "outputs": []}',
+         "the reference cannot be read: ValueError: there are no cases"),
+        ('{"inputs": ["1"]}', "the reference cannot be read: KeyError: 'outputs'"),
+        ('{"test_list": ["assert 1 == 2"]}',
+         "the tests cannot be run: they failed (AssertionError)"),
+        ('{"test_list": ["assert True"]}', "the tests never called the program"),
+    ],
+)  # fmt: skip
+async def test_tests_that_cannot_judge_leave_it_unknown(
+    judge: CodeJudge, reference: str, reason: str
+) -> None:
+    assert await judge.judge("print(6)", reference) == Verdict("unknown", reason)
+
+
+async def test_a_reference_may_lower_the_limits_and_not_raise_them(judge: CodeJudge) -> None:
+    hungry = "x = bytearray(100 << 20)\nprint(6 if input() == '1 2 3' else 9)"
+    assert (await judge.judge(hungry, json.dumps(SUM))).outcome == "correct"
+    lower = await judge.judge(hungry, json.dumps({**SUM, "memory_limit": 64}))
+    assert lower.reason == "case 1: the program failed (MemoryError)"
+    higher = await judge.judge("x = bytearray(1 << 29)", json.dumps({**SUM, "memory_limit": 4096}))
+    assert higher.reason == "case 1: the program failed (MemoryError)"
+
+
+@pytest.mark.parametrize(
+    ("completion", "source"),
+    [
+        ("print(1)", "print(1)"),
+        ("```\nprint(1)\n```", "print(1)\n"),
+        ("```python\nprint(1)\n```\nno:\n```python3\nprint(2)\n```\n", "print(2)\n"),
+        ("```python\nprint(1)\n```\nrun it:\n```bash\npython a.py\n```\n", "print(1)\n"),
+        ("```python\nprint(1)\n", ""),
+        ("```bash\nls\n```", ""),
+    ],
+)
+async def test_the_last_block_of_python_is_the_program(completion: str, source: str) -> None:
+    assert program(completion) == source
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "same"),
+    [
+        ("1 2\n", "1 2", True),
+        ("1.0 2", "1 2.000", True),
+        ("1  2 \n3", "1 2\n3\n", True),
+        ("1 2\n\n3", "1 2\n3", False),
+        ("yes", "YES", False),
+        ("1e1000000", "1", False),
+        ("NaN", "nan", False),
+        ("", "0", False),
+        ("0.1", "0.10000001", False),
+    ],
+)
+async def test_outputs(printed: str, expected: str, same: bool) -> None:
+    assert same_output(printed, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "same"),
+    [
+        ((1, (2, 3)), [1, [2, 3]], True),
+        ({1: "a"}, {"1": "a"}, True),
+        (2.0, 2, True),
+        (True, 1, False),
+        ([1, 2], [2, 1], False),
+        ({1, 2}, [1, 2], False),
+        ("1", 1, False),
+        (None, [], False),
+    ],
+)
+async def test_values(value: object, expected: object, same: bool) -> None:
+    assert same_value(value, expected) is same
+
+
+async def test_what_is_not_supported_is_refused_and_nothing_weaker_used() -> None:
+    with pytest.raises(SandboxRefused, match="`landlock` is not supported yet"):
+        await CodeJudge.start(CodeConfig(sandbox="landlock"))
+
+
+async def test_without_bubblewrap_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SandboxRefused, match="install the package `bubblewrap`"):
+        await CodeJudge.start(CONFIG)
