@@ -20,7 +20,8 @@ class EngineConfig(Config):
     device: str = "auto"
     """A torch device; `auto` is `cuda` where there is one, `cpu` elsewhere."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """More arguments for vLLM's engine; the transformers engine takes none."""
+    """More arguments for vLLM's engine, by the names of its `AsyncEngineArgs`, such as
+    `tensor_parallel_size`; the transformers engine takes none."""
 
 
 class TeacherConfig(Config):
@@ -40,7 +41,8 @@ class TeacherConfig(Config):
     max_sequence_tokens: int | None = Field(default=None, ge=2)
     """Longest prompt and completion together; None is the model's context length."""
     batch_tokens: int = Field(default=16_384, ge=1)
-    """Tokens in one forward; a longer sequence goes alone."""
+    """Tokens in one forward of the transformers engine; a longer sequence goes alone. vLLM
+    prefills in chunks of at most 2,048 of them."""
     max_ongoing_requests: int = Field(default=64, ge=1)
     """Requests that one replica works on at once, so that forwards fill up; more wait."""
     workers: int = Field(default=1, ge=1)

@@ -46,10 +46,7 @@ def build_scorer(config: TeacherConfig) -> Scorer:
     """
     engine = config.engine
     if _kind(engine) == "vllm":
-        raise EngineError(
-            "the vLLM engine is not available for the teacher: set teacher.engine.kind to "
-            "'transformers'"
-        )
+        return _build_vllm(config)
     if engine.args:
         raise EngineError(
             f"the transformers engine takes no arguments, got {', '.join(sorted(engine.args))}"
@@ -62,6 +59,21 @@ def build_scorer(config: TeacherConfig) -> Scorer:
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     model = load_model(config.model, dtype=dtype, device=device)
     return PackedScorer(model, batch_tokens=config.batch_tokens)
+
+
+def _build_vllm(config: TeacherConfig) -> Scorer:
+    if not find_spec("vllm"):
+        raise EngineError(
+            "teacher.engine.kind is 'vllm', and vLLM is not installed: install the extra 'vllm' "
+            "(GPU) or run make install (CPU), or set teacher.engine.kind to 'transformers'"
+        )
+    from services.vllm_core import VLLMError
+    from teacher.vllm_scorer import VLLMScorer
+
+    try:
+        return VLLMScorer(config, model_card(config).limits.max_sequence_tokens)
+    except VLLMError as error:
+        raise EngineError(f"teacher: {error}") from error
 
 
 def model_card(config: TeacherConfig) -> ModelCard:

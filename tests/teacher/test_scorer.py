@@ -23,8 +23,11 @@ def test_on_a_cpu_transformers_scores(model_dir: Path, kind: str) -> None:
     assert isinstance(build_scorer(_config(model_dir, engine={"kind": kind})), PackedScorer)
 
 
-def test_an_engine_that_is_not_there_says_what_to_do(model_dir: Path) -> None:
-    with pytest.raises(EngineError, match=r"set teacher\.engine\.kind"):
+def test_vllm_that_is_not_installed_says_what_to_install(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teacher.scorer.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="not installed: install the extra 'vllm'"):
         build_scorer(_config(model_dir, engine={"kind": "vllm"}))
 
 

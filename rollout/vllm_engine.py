@@ -1,0 +1,213 @@
+"""Sampling with vLLM: prompts of all callers in flight at once, weights changed in place.
+
+sample ──▶ turnstile ──▶ AsyncLLM: one request a group, its n samples share the prefill
+load_weights ─▶ close the turnstile ─▶ groups in flight finish ─▶ pause ─▶ transfer
+                      ▲                                                       │
+                      └────── open ◀── probe equals the learner's ◀── resume ─┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferInitRequest,
+    WeightTransferUpdateRequest,
+)
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from rollout import vllm_transfer
+from rollout.config import RolloutConfig
+from rollout.engine import (
+    Completion,
+    Sampled,
+    SamplingError,
+    check_manifest,
+    check_probe,
+    check_request,
+)
+from services import vllm_core
+from services.models import end_tokens, parameter_shapes
+from services.stage import BadItem, PatienceExceeded, Unavailable
+from services.trajectory import Sampling
+from services.weights import Weights
+
+_EXTENSION = f"{vllm_transfer.__name__}.{vllm_transfer.WorkerExtension.__name__}"
+
+
+class EngineDied(PatienceExceeded):
+    """vLLM's processes are gone, and no patience brings them back: this worker must be replaced.
+    Its prompts are given back."""
+
+
+class VLLMEngine:
+    """See `rollout.engine.Engine`.
+
+    Args:
+        config: its engine and its probe tolerance.
+        model_path: the student's directory.
+
+    Raises:
+        services.vllm_core.VLLMError: vLLM does not start with these arguments.
+        services.models.ModelError: there is no such model.
+    """
+
+    def __init__(self, config: RolloutConfig, model_path: str) -> None:
+        self._end_tokens = list(end_tokens(model_path))
+        self._shapes = parameter_shapes(model_path)
+        self._tolerance = config.probe_tolerance
+        self._llm = vllm_core.start(
+            model_path,
+            dtype=config.engine.dtype,
+            device=config.engine.device,
+            fixed={"logprobs_mode": "processed_logprobs"},
+            defaults={
+                "worker_extension_cls": _EXTENSION,
+                "weight_transfer_config": {"backend": vllm_transfer.BACKEND},
+            },
+            args=config.engine.args,
+        )
+        self._turnstile = _Turnstile()
+        self._connected = False
+
+    async def sample(self, prompt_ids: Sequence[int], sampling: Sampling) -> Sampled:
+        """See `rollout.engine.Engine`. A cancelled call frees its place in the engine.
+
+        Raises:
+            EngineDied: besides what the protocol names.
+        """
+        self._check(prompt_ids, sampling)
+        async with self._turnstile.passing() as version:
+            try:
+                output = await vllm_core.last_output(self._llm, prompt_ids, self._params(sampling))
+            except EngineDeadError as error:
+                raise EngineDied("vLLM's engine process died; its log says why") from error
+        return Sampled(tuple(_completion(c) for c in output.outputs), version)
+
+    async def load_weights(self, weights: Weights) -> None:
+        """See `rollout.engine.Engine`. Weights whose names or shapes do not fit change nothing.
+
+        Raises:
+            EngineDied: besides what the protocol names.
+        """
+        async with self._turnstile.closed() as opening:
+            check_manifest(weights, self._shapes)
+            try:
+                await self._transfer(weights)
+                logprobs = await vllm_core.sequence_logprobs(self._llm, weights.probe_ids)
+            except EngineDeadError as error:
+                raise EngineDied("vLLM's engine process died; its log says why") from error
+            check_probe(weights, logprobs, self._tolerance)
+            opening.version = weights.version
+
+    async def close(self) -> None:
+        """Ends vLLM's processes."""
+        await asyncio.to_thread(self._llm.shutdown)
+
+    async def _transfer(self, weights: Weights) -> None:
+        """Changes the weights; what was cached under the old ones is dropped."""
+        llm = self._llm
+        if not self._connected:
+            await llm.init_weight_transfer_engine(WeightTransferInitRequest())
+            self._connected = True
+        await llm.pause_generation(mode="wait", clear_cache=True)
+        try:
+            with vllm_transfer.shared(weights) as update:
+                await llm.start_weight_update()
+                await llm.update_weights(WeightTransferUpdateRequest(update))
+                await llm.finish_weight_update(str(weights.version))
+        finally:
+            await llm.resume_generation()
+
+    def _check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        model = self._llm.model_config
+        check_request(prompt_ids, sampling, vocab_size=model.get_vocab_size())
+        longest = len(prompt_ids) + sampling.max_tokens
+        if longest > model.max_model_len:  # vLLM would cut completions off before max_tokens
+            raise BadItem(
+                f"prompt and max_tokens are {longest} tokens, more than vLLM's max_model_len "
+                f"({model.max_model_len})"
+            )
+
+    def _params(self, sampling: Sampling) -> SamplingParams:
+        return SamplingParams(
+            n=sampling.n,
+            seed=sampling.seed,  # vLLM adds each sample's place in the group
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=self._end_tokens,
+            ignore_eos=True,  # our end tokens only, not those of vLLM's own reading of the config
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def _completion(output: CompletionOutput) -> Completion:
+    if output.finish_reason not in ("stop", "length"):
+        raise SamplingError(f"vLLM ended a completion with {output.finish_reason!r}")
+    flat: Any = output.logprobs
+    logprobs = np.array([flat.logprobs[start] for start in flat.start_indices], np.float32)
+    if not np.isfinite(logprobs).all():
+        raise SamplingError("the model computed log-probs that are no numbers")
+    ids = np.array(output.token_ids, np.int32)
+    return Completion(ids, logprobs, output.finish_reason)
+
+
+class _Opening:
+    """What a load leaves behind: the version that passed, or None."""
+
+    version: int | None = None
+
+
+class _Turnstile:
+    """Lets groups through while verified weights are loaded, and weights change only while no
+    group is inside."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._version: int | None = None
+        self._closed = False
+        self._inside = 0
+
+    @asynccontextmanager
+    async def passing(self) -> AsyncIterator[int]:
+        """Waits while it is closed; the version that holds inside of the block."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._closed)
+            if self._version is None:
+                raise Unavailable("the engine has no weights that passed the probe")
+            self._inside += 1
+            version = self._version
+        try:
+            yield version
+        finally:
+            self._inside -= 1
+            async with self._changed:
+                self._changed.notify_all()
+
+    @asynccontextmanager
+    async def closed(self) -> AsyncIterator[_Opening]:
+        """Closes, waits until nobody is inside, and opens again after the block."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._closed)
+            self._closed = True
+        opening = _Opening()
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: not self._inside)
+            self._version = None
+            yield opening
+        finally:
+            async with self._changed:
+                self._version, self._closed = opening.version, False
+                self._changed.notify_all()

@@ -1,0 +1,77 @@
+"""Scoring with vLLM, for teachers that need several GPUs: prompt log-probs, nothing generated
+but the one token that vLLM insists on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from services import vllm_core
+from teacher.api import InvalidLogProbs, valid_logprobs
+from teacher.config import TeacherConfig
+from teacher.scorer import ScoringError
+
+# For the scored tokens of one forward vLLM keeps all of the vocabulary's log-probs in float32:
+# 2,048 tokens of a vocabulary of 150,000 are 1.2 GB.
+_CHUNK_TOKENS = 2048
+
+
+class VLLMScorer:
+    """See `teacher.scorer.Scorer`. Prompts are prefilled in chunks of 2,048 tokens, unless
+    `engine.args.max_num_batched_tokens` says otherwise.
+
+    Args:
+        config: the model and its engine.
+        longest: tokens of the longest sequence that will be asked for.
+
+    Raises:
+        services.vllm_core.VLLMError: vLLM does not start with these arguments.
+        services.models.ModelError: there is no such model.
+    """
+
+    def __init__(self, config: TeacherConfig, longest: int) -> None:
+        self._llm = vllm_core.start(
+            config.model,
+            dtype=config.engine.dtype,
+            device=config.engine.device,
+            fixed={
+                "max_model_len": longest + 1,  # and the token that is generated
+                # Cached blocks have no logits any more, so they could never be used.
+                "enable_prefix_caching": False,
+            },
+            defaults={
+                "max_num_batched_tokens": min(config.batch_tokens, _CHUNK_TOKENS),
+                "enable_chunked_prefill": True,
+            },
+            args=config.engine.args,
+        )
+
+    async def score(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> list[list[float]]:
+        """See `teacher.scorer.Scorer`.
+
+        Raises:
+            ValueError: a start is 0 or past the end of its sequence.
+            ScoringError: a log-prob is not finite or is positive.
+        """
+        for ids, start in zip(sequences, starts, strict=True):
+            if not 1 <= start <= len(ids):
+                raise ValueError(f"cannot score from token {start} of a sequence of {len(ids)}")
+        return await asyncio.gather(
+            *(self._score(ids, start) for ids, start in zip(sequences, starts, strict=True))
+        )
+
+    async def close(self) -> None:
+        """Ends vLLM's processes."""
+        await asyncio.to_thread(self._llm.shutdown)
+
+    async def _score(self, token_ids: Sequence[int], start: int) -> list[float]:
+        if start == len(token_ids):
+            return []
+        logprobs = await vllm_core.sequence_logprobs(self._llm, token_ids)
+        try:
+            checked = valid_logprobs(logprobs[start - 1 :], len(token_ids) - start)
+        except InvalidLogProbs as error:
+            raise ScoringError(f"the teacher's model computed no log-probs: {error}") from error
+        return [float(value) for value in checked]

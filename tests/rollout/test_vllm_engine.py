@@ -1,0 +1,259 @@
+"""The real vLLM against plain forwards of the same model. One engine serves the whole module."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+
+from rollout.config import RolloutConfig
+from rollout.engine import Completion, Engine, EngineError, WeightsMismatch, build_engine
+from services.models import probe_tokens
+from services.stage import BadItem, Unavailable
+from services.trajectory import Sampling
+from services.weights import Weights
+from tests.builders import VOCAB
+from tests.rollout.conftest import full_logprobs, published
+from tests.vllm_models import CONTEXT, save_vllm_model, vllm_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+
+END = 1
+EXTENSION = "tests.rollout.vllm_faults.FaultyWorker"
+ARGS = {"kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 64}
+RANDOM = np.random.default_rng(0)
+PROMPTS = [RANDOM.integers(2, VOCAB, int(length)).tolist() for length in (1, 2, 3, 17, 64, 130)]
+
+
+def config(**args: Any) -> RolloutConfig:
+    return RolloutConfig.model_validate({"engine": {"kind": "vllm", "args": {**ARGS, **args}}})
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_vllm_model(tmp_path_factory.mktemp("vllm"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def started(directory: Path) -> AsyncIterator[Engine]:
+    """Its workers can be told to forget the re-packing of the vocabulary matrices."""
+    made = await asyncio.to_thread(
+        build_engine, config(worker_extension_cls=EXTENSION), str(directory)
+    )
+    yield made
+    await made.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def engine(started: Engine) -> Engine:
+    """With version 0: the weights of `vllm_model(0)`."""
+    await started.load_weights(published(vllm_model(0), 0))
+    return started
+
+
+def tokens(group: Sequence[Completion]) -> list[list[int]]:
+    return [c.token_ids.tolist() for c in group]
+
+
+def assert_sampled_from(
+    model: Any, prompt: Sequence[int], group: Sequence[Completion], temperature: float = 1.0
+) -> None:
+    for completion in group:
+        ids = [*prompt, *completion.token_ids.tolist()]
+        expected = full_logprobs(model, ids, temperature)[len(prompt) - 1 :]
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+# -------------------------------------------------------------------------- what is sampled
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize("seed", [0, 1], ids=["before an update", "after it"])
+async def test_logprobs_are_those_of_a_full_forward(
+    engine: Engine, temperature: float, seed: int
+) -> None:
+    await engine.load_weights(published(vllm_model(seed), seed))
+    sampling = Sampling(n=3, max_tokens=20, temperature=temperature, seed=5)
+    together = await asyncio.gather(*(engine.sample(p, sampling) for p in PROMPTS))
+    alone = [await engine.sample(p, sampling) for p in PROMPTS]
+    for prompt, first, second in zip(PROMPTS, together, alone, strict=True):
+        for sampled in (first, second):
+            assert sampled.weight_version == seed
+            assert_sampled_from(vllm_model(seed), prompt, sampled.completions, temperature)
+
+
+async def test_samples_are_fixed_by_their_seed_and_differ_from_each_other(engine: Engine) -> None:
+    sampling = Sampling(n=6, max_tokens=20, seed=2**62 - 1)
+    first, again, larger, other = [
+        tokens((await engine.sample(PROMPTS[3], s)).completions)
+        for s in (sampling, sampling, replace(sampling, n=8), replace(sampling, seed=7))
+    ]
+    assert first == again
+    assert larger[:6] == first
+    assert len({tuple(ids) for ids in first}) > 1
+    assert other != first
+
+
+async def test_first_tokens_are_distributed_as_the_model_says(engine: Engine) -> None:
+    n = 2000
+    sampled = await engine.sample(PROMPTS[2], Sampling(n=n, max_tokens=1, seed=3))
+    with torch.no_grad():
+        logits = vllm_model(0)(torch.tensor([PROMPTS[2]])).logits[0, -1].double()
+    expected = torch.softmax(logits, 0).numpy()
+    seen = np.bincount([int(c.token_ids[0]) for c in sampled.completions], minlength=VOCAB) / n
+    # Five standard deviations of each token's share; of the rare ones, of one sample.
+    assert (np.abs(seen - expected) < 5 * np.sqrt(expected / n) + 1 / n).all()
+
+
+async def test_a_completion_ends_at_the_end_token_or_at_its_limit(engine: Engine) -> None:
+    sampled = await engine.sample(PROMPTS[3], Sampling(n=32, max_tokens=12, seed=1))
+    for completion in sampled.completions:
+        ids = completion.token_ids.tolist()
+        assert len(completion.logprobs) == len(ids)
+        assert END not in ids[:-1]
+        assert completion.finish == ("stop" if ids[-1] == END else "length")
+        assert completion.finish == "stop" or len(ids) == 12
+    assert {c.finish for c in sampled.completions} == {"stop", "length"}
+
+
+# ------------------------------------------------------------------------------- weights
+
+
+async def test_every_group_has_exactly_one_version(engine: Engine) -> None:
+    """Groups are sampled while new versions come in: each was sampled by the one it names."""
+    models = [vllm_model(seed) for seed in range(3)]
+
+    async def sample(place: int) -> tuple[list[int], Any]:
+        prompt = PROMPTS[place % len(PROMPTS)]
+        return prompt, await engine.sample(prompt, Sampling(n=2, max_tokens=12, seed=place))
+
+    async def update() -> None:
+        for version in range(1, 6):
+            await engine.load_weights(published(models[version % 3], version))
+            await sample(version)
+
+    updating = asyncio.create_task(update())
+    groups = []
+    while not updating.done():
+        groups += await asyncio.gather(*(sample(len(groups) + i) for i in range(6)))
+    await updating
+    for prompt, sampled in groups:
+        assert_sampled_from(models[sampled.weight_version % 3], prompt, sampled.completions)
+    assert len({sampled.weight_version for _, sampled in groups}) > 1
+
+
+async def test_a_stale_output_matrix_is_found_out_before_a_token_is_sampled(engine: Any) -> None:
+    await engine._llm.collective_rpc("forget_repacking")
+    try:
+        with pytest.raises(WeightsMismatch, match=r"version 2: .* nats, more than probe_tolerance"):
+            await engine.load_weights(published(vllm_model(1), 2))
+        with pytest.raises(Unavailable, match="no weights that passed the probe"):
+            await engine.sample([2, 3], Sampling(n=1, max_tokens=2))
+    finally:
+        await engine._llm.collective_rpc("remember_repacking")
+    await engine.load_weights(published(vllm_model(1), 3))
+    sampled = await engine.sample(PROMPTS[3], Sampling(n=2, max_tokens=12))
+    assert sampled.weight_version == 3
+    assert_sampled_from(vllm_model(1), PROMPTS[3], sampled.completions)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("drop", "model.norm.weight is missing"),
+        ("add", "model.extra.weight is not in the model"),
+        ("reshape", r"model.norm.weight is \[31\], not \[64\]"),
+    ],
+)
+async def test_weights_of_another_model_are_named(
+    engine: Engine, change: str, complaint: str
+) -> None:
+    parameters = dict(vllm_model(1).named_parameters())
+    if change == "drop":
+        del parameters["model.norm.weight"]
+    elif change == "add":
+        parameters["model.extra.weight"] = torch.nn.Parameter(torch.zeros(2))
+    else:
+        parameters["model.norm.weight"] = torch.nn.Parameter(torch.zeros(31))
+    with pytest.raises(WeightsMismatch, match=f"version 3.*{complaint}"):
+        await engine.load_weights(Weights.flatten(3, parameters.items(), [2, 3], [0.0]))
+
+
+async def test_weights_are_cast_to_the_models_precision(engine: Engine) -> None:
+    cast = vllm_model(1)
+    with torch.no_grad():
+        for parameter in cast.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    probe = probe_tokens(VOCAB)
+    parameters = [(name, p.to(torch.bfloat16)) for name, p in cast.named_parameters()]
+    weights = Weights.flatten(4, parameters, probe, full_logprobs(cast, probe).tolist())
+    await engine.load_weights(weights)
+    sampled = await engine.sample(PROMPTS[2], Sampling(n=2, max_tokens=9))
+    assert_sampled_from(cast, PROMPTS[2], sampled.completions)
+
+
+# ------------------------------------------------------------------------------- the calls
+
+
+async def test_a_cancelled_call_frees_its_place(engine: Any) -> None:
+    """It would otherwise sample for minutes, and hold up the next update as long."""
+    endless = Sampling(n=64, max_tokens=CONTEXT - 2, seed=1)
+    calls = [asyncio.create_task(engine.sample([2], endless)) for _ in range(40)]
+    async with asyncio.timeout(20):
+        while engine._llm.get_num_unfinished_requests() < 40 * 64:
+            await asyncio.sleep(0.01)
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    assert all(call.cancelled() for call in calls)
+    assert engine._llm.get_num_unfinished_requests() == 0
+    async with asyncio.timeout(20):
+        await engine.load_weights(published(vllm_model(2), 5))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "change", "complaint"),
+    [
+        ([], {}, "empty prompt"),
+        ([2, VOCAB], {}, "outside of the vocabulary"),
+        ([2], {"n": 0}, "nothing to sample"),
+        ([2], {"top_p": 0.9}, "top_p"),
+        ([2], {"max_tokens": CONTEXT}, "more than vLLM's max_model_len"),
+    ],
+)
+async def test_what_cannot_be_sampled_spoils_no_batch(
+    engine: Engine, prompt: list[int], change: dict[str, Any], complaint: str
+) -> None:
+    good = Sampling(n=1, max_tokens=2)
+    refused, sampled = await asyncio.gather(
+        engine.sample(prompt, replace(good, **change)),
+        engine.sample([2], good),
+        return_exceptions=True,
+    )
+    assert isinstance(refused, BadItem)
+    assert complaint in str(refused)
+    assert not isinstance(sampled, BaseException)
+
+
+@pytest.mark.parametrize(
+    ("engine_config", "complaint"),
+    [
+        ({"args": {"max_num_seq": 4}}, "no argument 'max_num_seq'; did you mean 'max_num_seqs'"),
+        ({"args": {"logprobs_mode": "raw_logits"}}, "logprobs_mode is set by this engine itself"),
+        ({"args": {"max_num_seqs": "many"}}, "vLLM refuses its arguments"),
+        ({"device": "cuda"}, "runs on 'cpu', not on 'cuda'"),
+    ],
+)
+async def test_arguments_that_cannot_work_are_refused(
+    directory: Path, engine_config: dict[str, Any], complaint: str
+) -> None:
+    wrong = RolloutConfig.model_validate({"engine": {"kind": "vllm", **engine_config}})
+    with pytest.raises(EngineError, match=complaint):
+        build_engine(wrong, str(directory))

@@ -1,0 +1,103 @@
+"""The real vLLM against transformers' forward. One engine serves the whole module."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from teacher.config import TeacherConfig
+from teacher.scorer import EngineError, Scorer, ScoringError, build_scorer
+from tests.teacher.conftest import Reference
+from tests.vllm_models import CONTEXT, save_vllm_model, vllm_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+
+CHUNK = 48  # tokens of one forward: most sequences are prefilled in several
+BROKEN_TOKEN = 23
+RANDOM = np.random.default_rng(1)
+LENGTHS = [(1, 1), (1, CONTEXT - 1), (CONTEXT - 1, 1), (CHUNK, CHUNK), (CHUNK - 1, 2)]
+LENGTHS += [(int(p), int(t)) for p, t in RANDOM.integers(1, CONTEXT // 2, (12, 2))]
+PAIRS = [
+    (RANDOM.integers(0, BROKEN_TOKEN, p).tolist(), RANDOM.integers(0, BROKEN_TOKEN, t).tolist())
+    for p, t in LENGTHS
+]
+IDS = [[*prompt, *completion] for prompt, completion in PAIRS]
+STARTS = [len(prompt) for prompt, _ in PAIRS]
+
+
+def config(directory: Path, **engine: object) -> TeacherConfig:
+    args = {"kv_cache_memory_bytes": 1 << 26, "max_num_batched_tokens": CHUNK, "max_num_seqs": 16}
+    return TeacherConfig.model_validate(
+        {"model": str(directory), "engine": {"kind": "vllm", "args": args, **engine}}
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher with a separate output matrix, and one token that it knows no embedding of."""
+    path = save_vllm_model(tmp_path_factory.mktemp("vllm"), tied=False)
+    model = vllm_model(tied=False)
+    model.get_input_embeddings().weight.data[BROKEN_TOKEN] = float("nan")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def scorer(directory: Path) -> AsyncIterator[Scorer]:
+    made = await asyncio.to_thread(build_scorer, config(directory))
+    yield made
+    await made.close()  # type: ignore[attr-defined]
+
+
+async def test_scores_equal_transformers_batched_and_alone(scorer: Scorer, directory: Path) -> None:
+    reference = Reference(directory)
+    batched = await scorer.score(IDS, STARTS)
+    alone = [(await scorer.score([i], [s]))[0] for i, s in zip(IDS, STARTS, strict=True)]
+    for (prompt, completion), together, single in zip(PAIRS, batched, alone, strict=True):
+        expected = reference.score(prompt, completion)
+        np.testing.assert_allclose(together, expected, atol=1e-4)
+        np.testing.assert_allclose(single, expected, atol=1e-4)
+
+
+async def test_an_empty_completion_scores_as_nothing(scorer: Scorer) -> None:
+    scores = await scorer.score([[1, 2], [3], [4, 5, 6]], [2, 1, 1])
+    assert [len(score) for score in scores] == [0, 0, 2]
+    assert await scorer.score([], []) == []
+
+
+@pytest.mark.parametrize("start", [0, 3])
+async def test_a_start_that_scores_nothing_real_is_refused(scorer: Scorer, start: int) -> None:
+    with pytest.raises(ValueError, match="cannot score from token"):
+        await scorer.score([[1, 2], [1, 2]], [1, start])
+
+
+async def test_log_probs_that_are_no_numbers_raise_and_harm_nobody_else(scorer: Scorer) -> None:
+    good, bad = await asyncio.gather(
+        scorer.score([[1, 2, 3]], [1]),
+        scorer.score([[1, BROKEN_TOKEN, 3]], [1]),
+        return_exceptions=True,
+    )
+    assert isinstance(good, list)
+    assert isinstance(bad, ScoringError)
+    assert "log-prob" in str(bad)
+
+
+async def test_an_argument_that_scoring_rests_on_is_refused(directory: Path) -> None:
+    args = {"max_model_len": CONTEXT}
+    with pytest.raises(EngineError, match="max_model_len is set by this engine itself"):
+        build_scorer(config(directory, args=args))
+
+
+async def test_cancelled_requests_leave_the_engine_free(scorer: Scorer) -> None:
+    calls = [asyncio.create_task(scorer.score(IDS, STARTS)) for _ in range(20)]
+    await asyncio.wait(calls, timeout=0.2)
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    async with asyncio.timeout(20):
+        assert await scorer.score([[1, 2]], [1])
