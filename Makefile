@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast check lint format install clean
+.PHONY: demo test test-fast chaos check lint format install clean
 
 demo: install  ## distils the tiny teacher into the tiny student
 	$(BIN)/scope run deploy/runs/demo.yaml
@@ -15,6 +15,9 @@ test: install  ## every test that needs no GPU
 
 test-fast: install  ## the everyday part: no cluster, no training
 	$(BIN)/python -m pytest -m "not slow"
+
+chaos: install  ## a hundred kills of random parts of a real run (about an hour)
+	$(BIN)/python -m tests.deploy.chaos --kills 100 --json chaos-report.json
 
 check: install  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

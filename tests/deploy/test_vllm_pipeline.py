@@ -1,0 +1,66 @@
+"""The demo with vLLM at both ends, and vLLM killed in the middle of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.metrics import read
+from tests.deploy.conftest import ROOT, SCOPE
+
+STEPS, GROUPS = 24, 4
+DEADLINE_S = 280.0
+
+
+def start(runs: Path) -> subprocess.Popen[bytes]:
+    arguments = [
+        "run", "deploy/runs/demo.yaml", f"runs_dir={runs}", "rollout.engine.kind=vllm",
+        "teacher.engine.kind=vllm", f"trainer.max_steps={STEPS}",
+        f"trainer.groups_per_step={GROUPS}", "evaluation=null", "ray.dashboard=false",
+    ]  # fmt: skip
+    with (runs / "output.log").open("w") as log:
+        return subprocess.Popen([SCOPE, *arguments], cwd=ROOT, stdout=log, stderr=log)
+
+
+def sampling_process(run: subprocess.Popen[bytes]) -> psutil.Process:
+    """The process in which vLLM holds the student."""
+    (worker,) = [
+        process
+        for process in psutil.Process(run.pid).children(recursive=True)
+        if "ray::RolloutWorker" in " ".join(process.cmdline())
+    ]
+    return worker.children(recursive=True)[-1]
+
+
+@pytest.mark.slow
+def test_the_demo_on_vllm_survives_its_death_with_an_exact_ledger(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    ledger = tmp_path / "demo" / "ledger.json"
+    deadline = time.monotonic() + DEADLINE_S
+    killed = False
+    while run.poll() is None and time.monotonic() < deadline:
+        if not killed and ledger.exists() and json.loads(ledger.read_text())["step"] >= 1:
+            os.kill(sampling_process(run).pid, signal.SIGKILL)
+            killed = True
+        time.sleep(0.05)
+    if run.poll() is None:
+        run.terminate()
+        run.wait()
+    output = (tmp_path / "output.log").read_text()
+    assert run.returncode == 0, output
+    assert killed and "died; starting it again" in output
+    total = STEPS * GROUPS
+    counts = json.loads(ledger.read_text())
+    assert {k: counts[k] for k in ("fed", "trained", "dead", "in_flight")} == {
+        "fed": total, "trained": total, "dead": 0, "in_flight": 0,
+    }  # fmt: skip
+    records = read(tmp_path / "demo")
+    assert sum(r["batch/groups"] for r in records) == total
+    assert max(r["sampling/logp_difference"] for r in records) < 1e-4
