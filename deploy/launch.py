@@ -34,6 +34,7 @@ from deploy.evaluate import Result, evaluate
 from deploy.preflight import Preflight, check
 from deploy.restore import restore
 from deploy.status import write_snapshot
+from rollout.engine import EngineDied
 from rollout.feeder import Feeder
 from rollout.worker import RolloutWorker
 from services.config import Resources
@@ -269,16 +270,17 @@ class Run:
             )
 
     async def _revive(self, worker: Worker) -> None:
-        """Restarts a worker whose process died; a worker that failed by itself ends the run."""
+        """Restarts a worker whose process, or whose engine's, died; a worker that failed by
+        itself ends the run."""
         if worker.task is None or not worker.task.done():
             return
         error = worker.task.exception()
-        if isinstance(error, RayTaskError):
+        if isinstance(error, RayTaskError) and not isinstance(error.cause, EngineDied):
             raise RunFailed(
                 f"{worker.name} stopped: {error.cause or error}; continue with: "
                 f"scope resume {self.directory}"
             )
-        if not isinstance(error, RayActorError):
+        if not isinstance(error, RayActorError | RayTaskError):
             return
         worker.restarts += 1
         if worker.restarts > _RESTARTS:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from rollout.config import EngineConfig, RolloutConfig
 from services.models import end_tokens, load_model, probe_difference
-from services.stage import BadItem
+from services.stage import BadItem, PatienceExceeded
 from services.trajectory import Finish, LogProbs, Sampling, TokenIds
 from services.weights import Weights
 
@@ -43,6 +43,7 @@ class Engine(Protocol):
             services.stage.BadItem: this can never be sampled.
             services.stage.Unavailable: no weights that passed the probe are loaded.
             SamplingError: the model computes no probabilities.
+            EngineDied: the engine has lost its processes.
         """
         ...
 
@@ -53,6 +54,7 @@ class Engine(Protocol):
 
         Raises:
             WeightsMismatch: these are not this model's weights, or they came out as others.
+            EngineDied: the engine has lost its processes.
         """
         ...
 
@@ -67,6 +69,11 @@ class WeightsMismatch(RuntimeError):
 
 class SamplingError(RuntimeError):
     """The model computed something that cannot be sampled from."""
+
+
+class EngineDied(PatienceExceeded):
+    """The engine's own processes are gone, and no patience brings them back: this worker must be
+    replaced. Its prompts are given back."""
 
 
 class EngineError(ValueError):

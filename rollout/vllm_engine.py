@@ -9,8 +9,8 @@ load_weights ─▶ close the turnstile ─▶ groups in flight finish ─▶ pa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from rollout import vllm_transfer
 from rollout.config import RolloutConfig
 from rollout.engine import (
     Completion,
+    EngineDied,
     Sampled,
     SamplingError,
     check_manifest,
@@ -35,16 +36,11 @@ from rollout.engine import (
 )
 from services import vllm_core
 from services.models import end_tokens, parameter_shapes
-from services.stage import BadItem, PatienceExceeded, Unavailable
+from services.stage import BadItem, Unavailable
 from services.trajectory import Sampling
 from services.weights import Weights
 
 _EXTENSION = f"{vllm_transfer.__name__}.{vllm_transfer.WorkerExtension.__name__}"
-
-
-class EngineDied(PatienceExceeded):
-    """vLLM's processes are gone, and no patience brings them back: this worker must be replaced.
-    Its prompts are given back."""
 
 
 class VLLMEngine:
@@ -78,32 +74,20 @@ class VLLMEngine:
         self._connected = False
 
     async def sample(self, prompt_ids: Sequence[int], sampling: Sampling) -> Sampled:
-        """See `rollout.engine.Engine`. A cancelled call frees its place in the engine.
-
-        Raises:
-            EngineDied: besides what the protocol names.
-        """
+        """See `rollout.engine.Engine`. A cancelled call frees its place in the engine."""
         self._check(prompt_ids, sampling)
         async with self._turnstile.passing() as version:
-            try:
+            with _told_when_dead():
                 output = await vllm_core.last_output(self._llm, prompt_ids, self._params(sampling))
-            except EngineDeadError as error:
-                raise EngineDied("vLLM's engine process died; its log says why") from error
         return Sampled(tuple(_completion(c) for c in output.outputs), version)
 
     async def load_weights(self, weights: Weights) -> None:
-        """See `rollout.engine.Engine`. Weights whose names or shapes do not fit change nothing.
-
-        Raises:
-            EngineDied: besides what the protocol names.
-        """
+        """See `rollout.engine.Engine`. Groups in flight are finished first."""
         async with self._turnstile.closed() as opening:
             check_manifest(weights, self._shapes)
-            try:
+            with _told_when_dead():
                 await self._transfer(weights)
                 logprobs = await vllm_core.sequence_logprobs(self._llm, weights.probe_ids)
-            except EngineDeadError as error:
-                raise EngineDied("vLLM's engine process died; its log says why") from error
             check_probe(weights, logprobs, self._tolerance)
             opening.version = weights.version
 
@@ -150,6 +134,14 @@ class VLLMEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+
+@contextmanager
+def _told_when_dead() -> Iterator[None]:
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDied("vLLM's engine process died; its log says why") from error
 
 
 def _completion(output: CompletionOutput) -> Completion:

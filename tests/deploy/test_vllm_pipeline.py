@@ -63,4 +63,5 @@ def test_the_demo_on_vllm_survives_its_death_with_an_exact_ledger(tmp_path: Path
     }  # fmt: skip
     records = read(tmp_path / "demo")
     assert sum(r["batch/groups"] for r in records) == total
-    assert max(r["sampling/logp_difference"] for r in records) < 1e-4
+    fresh = [r["sampling/logp_difference"] for r in records if r["staleness/mean"] == 0]
+    assert fresh and max(fresh) < 1e-4  # vLLM's log-probs and the learner's own
