@@ -32,6 +32,7 @@ from typing import Any, Self, TypeAlias
 
 from services.trajectory import Verdict
 from verifier.bubblewrap import Bubblewrap, Limit, Limits, Sandboxed, SandboxRefused
+from verifier.cache import VerdictCache
 from verifier.config import CodeConfig
 from verifier.inside import decode, encode
 
@@ -78,8 +79,10 @@ class CodeJudge:
         SandboxRefused: (from `start`) code cannot be confined here.
     """
 
-    def __init__(self, sandbox: Bubblewrap, config: CodeConfig) -> None:
+    def __init__(self, sandbox: Bubblewrap, config: CodeConfig, cached_verdicts: int) -> None:
         self._sandbox = sandbox
+        self._cache = VerdictCache(cached_verdicts)
+        self._waiting = 0
         self._free = asyncio.Semaphore(config.programs)
         self._limits = Limits(
             time_s=config.time_s,
@@ -89,14 +92,14 @@ class CodeJudge:
         )
 
     @classmethod
-    async def start(cls, config: CodeConfig) -> Self:
+    async def start(cls, config: CodeConfig, *, cached_verdicts: int = 0) -> Self:
         """Proves that programs can be confined here, or raises."""
         if config.sandbox != "bubblewrap":
             raise SandboxRefused(
                 f"verifier.code.sandbox `{config.sandbox}` is not supported yet, and nothing "
                 "weaker than what was asked for is used instead: choose `bubblewrap`"
             )
-        return cls(await Bubblewrap.prepare(config.python), config)
+        return cls(await Bubblewrap.prepare(config.python), config, cached_verdicts)
 
     async def judge(self, completion: str, reference: str) -> Verdict:
         """The verdict on the last block of Python code in `completion`.
@@ -111,17 +114,36 @@ class CodeJudge:
         source = program(completion)
         if not source.strip():
             return Verdict("incorrect", "no program found")
-        async with self._free:
+        verdict = self._cache.get(source, reference)
+        if verdict is None:
+            self._waiting += 1
             try:
-                match tests:
-                    case Printed():
-                        return await self._judge_printed(source, tests, limits)
-                    case Returned():
-                        return await self._judge_returned(source, tests, limits)
-                    case Asserted():
-                        return await self._judge_asserted(source, tests, limits)
-            except Limit as limit:
-                return Verdict("incorrect", f"the program {limit}")
+                await self._free.acquire()
+            finally:
+                self._waiting -= 1
+            try:
+                verdict = await self._run(source, tests, limits)
+            finally:
+                self._free.release()
+            self._cache.put(verdict, source, reference)
+        return verdict
+
+    @property
+    def waiting(self) -> int:
+        """How many programs wait for a sandbox."""
+        return self._waiting
+
+    async def _run(self, source: str, tests: Tests, limits: Limits) -> Verdict:
+        try:
+            match tests:
+                case Printed():
+                    return await self._judge_printed(source, tests, limits)
+                case Returned():
+                    return await self._judge_returned(source, tests, limits)
+                case Asserted():
+                    return await self._judge_asserted(source, tests, limits)
+        except Limit as limit:
+            return Verdict("incorrect", f"the program {limit}")
 
     async def _judge_printed(self, source: str, tests: Printed, limits: Limits) -> Verdict:
         for number, (given, expected) in enumerate(tests.cases, 1):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from services.config import Config, Resources
 
-Kind: TypeAlias = Literal["exact", "math", "code"]
+# "package.module:function" is a domain of its own, see docs/verifier.md.
+Kind: TypeAlias = Annotated[str, Field(pattern=r"^(exact|math|code|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")]
 AnswerFrom: TypeAlias = Literal["boxed", "hashes", "final_line"]
 Overlong: TypeAlias = Literal["incorrect", "mask"]
 
@@ -42,7 +43,8 @@ class VerifierConfig(Config):
     capacity: int = Field(default=4, ge=1)
     """Groups that one worker holds at once."""
     kind: Kind = "math"
-    """`exact` compares text, `math` mathematical expressions; `code` runs programs on tests."""
+    """`exact` compares text, `math` mathematical expressions; `code` runs programs on tests.
+    "package.module:function" is a function (completion, reference) -> Verdict of your own."""
     kinds: dict[str, Kind] = Field(default_factory=dict)
     """Another kind for some data sources: `data_source: kind`."""
     answer_from: AnswerFrom = "boxed"

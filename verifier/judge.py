@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import json
 import logging
 import os
@@ -98,11 +99,15 @@ def _load(kind: str, answer_marker: str | None) -> Judge:
         from verifier import exact
 
         return functools.partial(exact.judge, marker=answer_marker)
-    from verifier import math_answer
+    if kind == "math":
+        from verifier import math_answer
 
-    math_answer.compare(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}")
-    math_answer.compare("x^2 > 1", r"(1, 2] \cup \{3\}")
-    return math_answer.compare
+        math_answer.compare(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}")
+        math_answer.compare("x^2 > 1", r"(1, 2] \cup \{3\}")
+        return math_answer.compare
+    module, _, function = kind.partition(":")
+    found: Judge = getattr(importlib.import_module(module), function)
+    return found
 
 
 def _send(replies: BinaryIO, message: dict[str, Any]) -> None:

@@ -295,7 +295,8 @@ def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     return {
         **kept,
-        "PYTHONPATH": _ROOT,
+        # Where a domain of one's own may be.
+        "PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH")))),
         "PYTHONHASHSEED": "0",  # sympy's order of work, and so its time, depends on it
         "LANG": "C.UTF-8",
         "OMP_NUM_THREADS": "1",  # a judge may start no thread

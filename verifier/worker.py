@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from services.stage import EVAL, Connection, Stage
 from services.trajectory import RolloutGroup, Trajectory, Verdict, VerifiedGroup, decode, encode
 from verifier.config import VerifierConfig
-from verifier.sandbox import JudgePool
+from verifier.judges import Judges
 
 _TRUNCATED = {
     "incorrect": Verdict("incorrect", "truncated: no end token"),
@@ -34,6 +34,7 @@ class VerifierWorker:
 
         Raises:
             Unavailable: the judges do not start.
+            SandboxRefused: programs are to be judged, and cannot be confined here.
             PatienceExceeded, redis.exceptions.RedisError: see `Stage.run`.
         """
         config = self._config
@@ -41,20 +42,10 @@ class VerifierWorker:
             lanes = [self._connection.streams(EVAL), self._connection.streams()]
             for lane in lanes:
                 resources.push_async_callback(lane.redis.aclose)
-            pool = await resources.enter_async_context(
-                JudgePool(
-                    config.used_kinds,
-                    judges=config.judges,
-                    deadline_s=config.deadline_s,
-                    memory_mb=config.memory_mb,
-                    answer_marker=config.answer_marker,
-                    answer_from=config.answer_from,
-                    cached_verdicts=config.cached_verdicts,
-                )
-            )
+            judges = await resources.enter_async_context(Judges(config))
 
             async def process(payload: bytes) -> bytes:
-                return encode(await self._verify(decode(RolloutGroup, payload), pool))
+                return encode(await self._verify(decode(RolloutGroup, payload), judges))
 
             await Stage(
                 name="verifier",
@@ -73,13 +64,13 @@ class VerifierWorker:
         """Lets `run` finish what it holds and return."""
         self._stopping.set()
 
-    async def _verify(self, group: RolloutGroup, pool: JudgePool) -> VerifiedGroup:
-        kind = self._config.kind_of(group.prompt.data_source)
+    async def _verify(self, group: RolloutGroup, judges: Judges) -> VerifiedGroup:
+        prompt = group.prompt
 
         async def verdict(trajectory: Trajectory) -> Verdict:
             if trajectory.finish == "length":
                 return _TRUNCATED[self._config.overlong]
-            return await pool.judge(kind, trajectory.text, group.prompt.reference)
+            return await judges.judge(prompt.data_source, trajectory.text, prompt.reference)
 
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -20,7 +20,11 @@ def test_a_data_source_may_have_a_kind_of_its_own() -> None:
     [
         {"answer_marker": "=>"},  # nothing reads it: the kind is math
         {"kind": "exact", "answer_marker": ""},
-        {"kind": "code"},
+        {"kind": "codes"},
+        {"kind": "os.system"},
+        {"code": {"sandbox": "none"}},
+        {"code": {"time_s": 0}},
+        {"answer_from": "anywhere"},
         {"deadline_s": 0},
         {"memory_mb": 64},
         {"judges": 0},
