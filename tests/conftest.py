@@ -49,3 +49,15 @@ async def streams(connection: Connection) -> AsyncIterator[Streams]:
 def deepmath() -> Path:
     """1,000 real rows of the authors' training sample."""
     return Path(__file__).parents[2] / "shared" / "data" / "deepmath-sample-a.parquet"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray of this machine alone, and whatever Serve runs on it."""
+    import ray
+    from ray import serve
+
+    ray.init(num_cpus=2, include_dashboard=False)
+    yield
+    serve.shutdown()
+    ray.shutdown()

@@ -97,15 +97,3 @@ def faulty(_faulty_server: tuple[FaultyTeacher, str]) -> FaultyTeacher:
 @pytest.fixture
 def faulty_url(_faulty_server: tuple[FaultyTeacher, str], faulty: FaultyTeacher) -> str:
     return _faulty_server[1]
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A Ray of this machine alone, and whatever Serve runs on it."""
-    import ray
-    from ray import serve
-
-    ray.init(num_cpus=2, include_dashboard=False)
-    yield
-    serve.shutdown()
-    ray.shutdown()

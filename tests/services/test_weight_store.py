@@ -1,0 +1,83 @@
+"""The weight store as a real Ray actor: publication, going back, and its own death."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from services.weight_store import StoreFeed, WeightStore, start_store
+from services.weights import Weights
+
+pytestmark = pytest.mark.slow
+
+
+def version(number: int) -> Weights:
+    return Weights.flatten(number, [("p", torch.full((4,), float(number)))], [1, 2], [-0.5])
+
+
+class Observed(WeightStore):
+    """A store that says which process it is."""
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+@pytest.fixture
+def store(ray_cluster: None) -> Iterator[Any]:
+    actor = ray.remote(Observed).options(num_cpus=0, max_restarts=-1).remote()
+    yield actor
+    ray.kill(actor)
+
+
+async def test_every_feed_gets_every_publication_once_and_only_the_newest(store: Any) -> None:
+    first, second = StoreFeed(store), StoreFeed(store)
+    assert await first.next(0.01) is None
+    await store.publish.remote(1, version(1))
+    got = await first.next(10)
+    assert got is not None
+    assert dict(got.tensors())["p"].tolist() == [1.0] * 4
+    assert await first.next(0.01) is None
+    await store.publish.remote(2, version(2))
+    for feed in (first, second):
+        newest = await feed.next(10)
+        assert newest is not None
+        assert newest.version == 2
+
+
+async def test_a_learner_that_went_back_is_followed(store: Any) -> None:
+    feed = StoreFeed(store)
+    for number in (5, 3, 3):  # the second 3 is another model of the same number
+        await store.publish.remote(number, version(number))
+        got = await feed.next(10)
+        assert got is not None
+        assert got.version == number
+
+
+async def test_a_killed_store_comes_back_empty_and_is_published_to_again(store: Any) -> None:
+    feed = StoreFeed(store)
+    await store.publish.remote(1, version(1))
+    assert await feed.next(10) is not None
+    os.kill(await store.pid.remote(), signal.SIGKILL)
+    while True:  # until the restarted actor answers
+        try:
+            assert await store.version.remote() is None
+            break
+        except ray.exceptions.RayActorError:
+            assert await feed.next(0.1) is None
+    await store.publish.remote(1, version(1))
+    got = await feed.next(10)
+    assert got is not None
+    assert got.version == 1
+
+
+async def test_the_runs_store_is_found_by_name(ray_cluster: None) -> None:
+    store = start_store("a-runs-weights")
+    await store.publish.remote(7, version(7))
+    assert await start_store("a-runs-weights").version.remote() == 7
+    ray.kill(store)
