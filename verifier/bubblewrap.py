@@ -140,6 +140,12 @@ class Sandboxed:
         printable = "".join(filter(str.isprintable, said[-1][:200])) if said else ""
         return f"failed ({printable})" if printable else f"failed (exit code {code})"
 
+    async def discard_output(self) -> None:
+        """Reads to the end what nobody wants any more."""
+        assert self.process.stdout is not None
+        while await self.process.stdout.read(_CHUNK_BYTES):
+            pass
+
     async def drain_errors(self) -> None:
         """Reads standard error to its end, so that nobody blocks on it; keeps the last of it."""
         assert self.process.stderr is not None
@@ -227,9 +233,11 @@ class Bubblewrap:
             if process.returncode is None:
                 with suppress(ProcessLookupError):
                     process.kill()  # and with it, by the kernel, all that is inside
+            process.stdin.close()
+            # asyncio takes it for ended when its pipes are, and an unread one never is.
+            await sandboxed.discard_output()
             await process.wait()
             await draining
-            process.stdin.close()
 
 
 def _unprivileged() -> dict[str, Any]:

@@ -162,7 +162,7 @@ class CodeJudge:
                     called = _call(running, tests.function, encode(arguments), encode({}))
                     value = _plain(await _within(limits, called))
                 except EOFError:
-                    how = await running.end() or "ended before it answered"
+                    how = await _within(limits, running.end()) or "ended before it answered"
                     return Verdict("incorrect", f"case {number}: the program {how}")
                 if not any(same_value(value, expected) for expected in accepted):
                     return Verdict("incorrect", f"case {number}: the value differs")
@@ -181,10 +181,9 @@ class CodeJudge:
                 try:
                     question = await _within(limits, examiner.receive())
                 except EOFError:
-                    how = await examiner.end() or "ended early"
-                    if calls:
-                        return Verdict("incorrect", f"after {calls} calls, a test {how}")
-                    return Verdict("unknown", f"the tests cannot be run: they {how}")
+                    return _failed(calls, await examiner.end() or "ended early")
+                except Limit as limit:
+                    return _failed(calls, str(limit))
                 if "passed" in question:
                     return _passed(calls)
                 calls += 1
@@ -193,7 +192,7 @@ class CodeJudge:
                     called = _call(running, name, given, question["kwargs"])
                     await examiner.send({"value": await _within(limits, called)})
                 except EOFError:
-                    how = await running.end() or "ended before it answered"
+                    how = await _within(limits, running.end()) or "ended before it answered"
                     return Verdict("incorrect", f"call {calls}: the program {how}")
 
 
@@ -201,6 +200,13 @@ def _passed(calls: int) -> Verdict:
     if not calls:
         return Verdict("unknown", "the tests never called the program")
     return Verdict("correct", f"passed the tests, in {calls} calls")
+
+
+def _failed(calls: int, how: str) -> Verdict:
+    """Tests that fail before they asked the program anything are not the program's fault."""
+    if calls:
+        return Verdict("incorrect", f"after {calls} calls, a test {how}")
+    return Verdict("unknown", f"the tests cannot be run: they {how}")
 
 
 async def _within(limits: Limits, work: Any) -> Any:
