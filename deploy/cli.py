@@ -115,17 +115,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except ConfigError as error:
-        _fail(error)
+        _fail(str(error))
+    except ImportError as error:
+        _fail(f"the package {error.name} is missing or broken: run `make install`")
     except RuntimeError as error:
         # The run's own errors are RuntimeErrors by type name; anything else is a fault of ours.
         if type(error).__module__.partition(".")[0] not in _OURS:
             raise
-        _fail(error)
+        _fail(str(error))
 
 
 _OURS = frozenset({"deploy", "services", "rollout", "verifier", "teacher", "trainer"})
 
 
-def _fail(error: Exception) -> None:
-    print(f"scope: {error}", file=sys.stderr)
+def _fail(message: str) -> None:
+    print(f"scope: {message}", file=sys.stderr)
     raise SystemExit(1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from deploy.config import ConfigError
-from deploy.restore import order_of
 from deploy.status import open_streams
+from services.trajectory import WireError, order_of
 
 
 async def table(run_dir: Path, show: str | None) -> str:
@@ -22,8 +22,10 @@ async def table(run_dir: Path, show: str | None) -> str:
         return "no dead items"
     lines = [f"{len(items)} dead items (show one with --show ID, put all back with --requeue):"]
     for item in items:
-        order = order_of(item.stream, item.payload)
-        prompt = "unreadable" if order is None else f"prompt {order}"
+        try:
+            prompt = f"prompt {order_of(item.payload)}"
+        except WireError:
+            prompt = "unreadable"
         lines.append(f"  {item.id}  {prompt}, in {item.stream}: {item.reason}")
     return "\n".join(lines)
 

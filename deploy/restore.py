@@ -14,22 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from services.streams import STREAMS, StreamName, Streams
-from services.trajectory import (
-    Item,
-    Prompt,
-    RolloutGroup,
-    ScoredGroup,
-    VerifiedGroup,
-    WireError,
-    decode,
-    encode,
-)
+from services.streams import Streams
+from services.trajectory import Prompt, WireError, encode, order_of
 from trainer.checkpoint import Progress
-
-_KINDS: dict[StreamName, type[Item]] = dict(
-    zip(STREAMS, (Prompt, RolloutGroup, VerifiedGroup, ScoredGroup), strict=True)
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +55,14 @@ async def _in_flight(streams: Streams, covered: set[int]) -> tuple[set[int], int
     held: set[int] = set()
     taken_out = 0
     for stream, id_, payload in await streams.items():
-        order = order_of(stream, payload)
+        order = _order(payload)
         if order is None or order in covered or order in held:
             await streams.discard(stream, id_)
             taken_out += 1
         else:
             held.add(order)
     for dead in await streams.dead():
-        order = order_of(dead.stream, dead.payload)
+        order = _order(dead.payload)
         if order is None or order in covered or order in held:
             await streams.forget(dead)
             taken_out += 1
@@ -84,13 +71,9 @@ async def _in_flight(streams: Streams, covered: set[int]) -> tuple[set[int], int
     return held, taken_out
 
 
-def order_of(stream: StreamName, payload: bytes) -> int | None:
-    """The order of the prompt that an item of `stream` came from; None for corrupted bytes."""
+def _order(payload: bytes) -> int | None:
+    """None for corrupted bytes."""
     try:
-        item = decode(_KINDS[stream], payload)  # type: ignore[type-var]
+        return order_of(payload)
     except WireError:
         return None
-    if isinstance(item, Prompt):
-        return item.order
-    rollout = item if isinstance(item, RolloutGroup) else item.rollout
-    return rollout.prompt.order

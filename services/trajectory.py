@@ -191,6 +191,19 @@ def decode(kind: type[ItemT], blob: bytes) -> ItemT:
     return item
 
 
+def order_of(blob: bytes) -> int:
+    """The order of the prompt that an encoded item of any stage came from.
+
+    Raises:
+        WireError: the bytes are truncated or corrupted.
+    """
+    header, _ = _open(blob)
+    try:
+        return int(header["prompt"]["order"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"an item without a prompt: {error!r}") from error
+
+
 def _rollout_of(item: RolloutGroup | VerifiedGroup | ScoredGroup) -> RolloutGroup:
     return item if isinstance(item, RolloutGroup) else item.rollout
 

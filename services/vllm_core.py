@@ -8,10 +8,14 @@ Imports vLLM, which takes seconds: only builders of engines import this module, 
 
 from __future__ import annotations
 
+import asyncio
 import difflib
+import multiprocessing
 import os
+import subprocess
+import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -44,8 +48,38 @@ _ENVIRONMENT: Mapping[str, str] = {
 }
 
 
+# Its standard input ends when this process does.
+_WATCHDOG = """
+import os, signal, sys
+sys.stdin.buffer.read()
+for pid in sys.argv[1:]:
+    try:
+        os.kill(int(pid), signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+"""
+
+
 class VLLMError(ValueError):
     """vLLM refuses to start as configured; the message says what to change."""
+
+
+class Running:
+    """`llm` and its processes, which end with this one however it ends: by itself vLLM outlives
+    a parent that is killed, and keeps the GPU from the one that replaces it."""
+
+    def __init__(self, make: Callable[[], AsyncLLM]) -> None:
+        before = set(multiprocessing.active_children())
+        self.llm = make()
+        pids = [str(child.pid) for child in set(multiprocessing.active_children()) - before]
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-c", _WATCHDOG, *pids], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    async def close(self) -> None:
+        """Ends vLLM's processes."""
+        await asyncio.to_thread(self.llm.shutdown)
+        await asyncio.to_thread(self._watchdog.communicate)
 
 
 def start(
@@ -56,7 +90,7 @@ def start(
     fixed: Mapping[str, Any],
     defaults: Mapping[str, Any],
     args: Mapping[str, Any],
-) -> AsyncLLM:
+) -> Running:
     """Loads a model directory into engine processes of its own. Takes half a minute and more.
 
     Args:
@@ -92,7 +126,8 @@ def start(
         environment["TORCH_COMPILE_DISABLE"] = "1"
     try:
         with _environment(environment):
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**merged))
+            engine_args = AsyncEngineArgs(**merged)
+            return Running(lambda: AsyncLLM.from_engine_args(engine_args))
     except (ValueError, TypeError) as error:  # pydantic's errors among them
         raise VLLMError(f"vLLM refuses its arguments: {error}") from error
     except RuntimeError as error:

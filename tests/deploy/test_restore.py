@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from deploy.restore import order_of, restore
+from deploy.restore import restore
 from services.redis_server import EmbeddedRedis
 from services.streams import STREAMS, Streams, claim
-from services.trajectory import Item, Prompt, decode, encode
+from services.trajectory import Item, Prompt, decode, encode, order_of
 from tests.builders import prompt, scored_group
 from trainer.checkpoint import Progress, ranges
 
@@ -47,8 +47,8 @@ async def place(streams: Streams, order: int, where: str) -> None:
 
 async def whereabouts(streams: Streams) -> Counter[int | None]:
     """How often each order is in flight or dead."""
-    found = Counter(order_of(stream, payload) for stream, _, payload in await streams.items())
-    found.update(order_of(d.stream, d.payload) for d in await streams.dead())
+    found = Counter(order_of(payload) for _, _, payload in await streams.items())
+    found.update(order_of(d.payload) for d in await streams.dead())
     return found
 
 

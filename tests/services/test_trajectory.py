@@ -24,6 +24,7 @@ from services.trajectory import (
     WireError,
     decode,
     encode,
+    order_of,
 )
 
 ids = arrays(np.int32, st.integers(0, 20), elements=st.integers(0, 2**31 - 1))
@@ -112,6 +113,12 @@ def assert_same(got: object, expected: object) -> None:
 @given(items)
 def test_round_trip(item: Item) -> None:
     assert_same(decode(type(item), encode(item)), item)
+
+
+@given(items)
+def test_the_order_can_be_read_from_any_stage(item: Item) -> None:
+    prompt = item if isinstance(item, Prompt) else getattr(item, "rollout", item).prompt
+    assert order_of(encode(item)) == prompt.order
 
 
 @given(items, st.data())
