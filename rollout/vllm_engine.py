@@ -59,7 +59,7 @@ class VLLMEngine:
         self._end_tokens = list(end_tokens(model_path))
         self._shapes = parameter_shapes(model_path)
         self._tolerance = config.probe_tolerance
-        self._llm = vllm_core.start(
+        self._running = vllm_core.start(
             model_path,
             dtype=config.engine.dtype,
             device=config.engine.device,
@@ -70,6 +70,7 @@ class VLLMEngine:
             },
             args=config.engine.args,
         )
+        self._llm = self._running.llm
         self._turnstile = _Turnstile()
         self._connected = False
 
@@ -93,7 +94,7 @@ class VLLMEngine:
 
     async def close(self) -> None:
         """Ends vLLM's processes."""
-        await asyncio.to_thread(self._llm.shutdown)
+        await self._running.close()
 
     async def _transfer(self, weights: Weights) -> None:
         """Changes the weights; what was cached under the old ones is dropped."""

@@ -30,7 +30,7 @@ class VLLMScorer:
     """
 
     def __init__(self, config: TeacherConfig, longest: int) -> None:
-        self._llm = vllm_core.start(
+        self._running = vllm_core.start(
             config.model,
             dtype=config.engine.dtype,
             device=config.engine.device,
@@ -45,6 +45,7 @@ class VLLMScorer:
             },
             args=config.engine.args,
         )
+        self._llm = self._running.llm
 
     async def score(
         self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
@@ -64,7 +65,7 @@ class VLLMScorer:
 
     async def close(self) -> None:
         """Ends vLLM's processes."""
-        await asyncio.to_thread(self._llm.shutdown)
+        await self._running.close()
 
     async def _score(self, token_ids: Sequence[int], start: int) -> list[float]:
         if start == len(token_ids):
