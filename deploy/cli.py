@@ -92,6 +92,18 @@ def dead(
         typer.echo(asyncio.run(table(run_dir, show)))
 
 
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="JSONL: completion, reference, data_source.")],
+    config: Annotated[Path | None, typer.Option(help="The run whose verifier judges.")] = None,
+    kind: Annotated[str, typer.Option(help="Who judges, without a config.")] = "math",
+) -> None:
+    """Judge a file: JSONL in, a verdict, reason and seconds a line out, a summary on stderr."""
+    from deploy.verify import verify_file
+
+    verify_file(file, load(config).verifier if config else None, kind)
+
+
 def _execute(settings: Any, *, directory: Path | None) -> None:
     from deploy import launch
     from deploy.console import Console

@@ -1,0 +1,53 @@
+"""`scope verify`, as the shell runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.cli import main
+
+
+def scope_verify(file: Path, *options: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["verify", str(file), *options])
+    return int(str(end.value.code or 0))
+
+
+def test_judges_a_file_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(r"\boxed{\frac{2}{4}}", "0.5"), (r"\boxed{5 m}", "5 cm"), (r"\boxed{5}", r"\beth_1")]
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"completion": c, "reference": r, "data_source": "x"}) for c, r in rows]
+    file.write_text("\n".join([*lines, "", ""]))
+    assert scope_verify(file) == 0
+    printed = capsys.readouterr()
+    found = [json.loads(line) for line in printed.out.splitlines()]
+    assert [line["verdict"] for line in found] == ["correct", "incorrect", "unknown"]
+    assert all(line["seconds"] >= 0 and line["reason"] for line in found)
+    assert "3 rows: 1 correct (33.3%), 1 incorrect (33.3%), 1 unknown (33.3%)" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "sentence"),
+    [
+        ('{"completion": "1"}', [], "line 1 is not a row to judge: KeyError: 'reference'"),
+        ("[1]", [], "line 1 is not a row to judge: TypeError"),
+        ('{"completion": 1, "reference": "1"}', [], "reference and data_source must be text"),
+        ("", ["--kind", "maths"], "`maths` is no kind"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    options: list[str],
+    sentence: str,
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    assert scope_verify(file, *options) == 1
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
