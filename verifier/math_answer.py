@@ -20,11 +20,12 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from math import isfinite
 from typing import Any
 
 from latex2sympy2_extended.math_normalization import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import I
+from sympy import Derivative, Expr, I, Integral, Limit, Product, Rational, Sum
 
 from services.trajectory import Verdict
 from verifier import math_text
@@ -50,6 +51,8 @@ _LATEX = (
         ),
     ),
 )
+_LAZY = (Sum, Product, Integral, Limit, Derivative)  # to evaluate one may take for ever
+_MARGIN = 1e-4  # relative
 _ROUNDING = Fraction(1, 10**6)  # relative; what a decimal may lack against an exact reference
 
 
@@ -155,6 +158,9 @@ def _same_part(answer: str, gold: str) -> bool:
     answer_group, gold_group = math_text.group(answer), math_text.group(gold)
     if gold_group and answer_group and max(len(gold_group.parts), len(answer_group.parts)) > 1:
         return _same_group(answer_group, gold_group)
+    for several, one in ((answer_group, gold), (gold_group, answer)):
+        if several and len(several.parts) > 1 and math_text.number(one):
+            return False
     unions = math_text.split(answer, UNION), math_text.split(gold, UNION)
     if len(unions[0]) == len(unions[1]) > 1:
         return _matched(*unions, _same_part)
@@ -230,6 +236,8 @@ def _same_formula(answer: str, gold: str) -> bool:
     predicted = _parse(answer)
     if not predicted:
         return False
+    if _differ(parsed[0], predicted[0]):
+        return False
     try:
         return bool(
             verify(
@@ -244,9 +252,32 @@ def _same_formula(answer: str, gold: str) -> bool:
         raise Undecided(f"the comparison failed: {type(error).__name__}") from None
 
 
+def _differ(a: Any, b: Any) -> bool:
+    """Whether two formulas have different values at some point of their variables.
+
+    Then they are not equal, and sympy need not search a tenth of a second for a proof that they
+    are. The margin is far above rounding; whatever cannot be evaluated is left to the library.
+    """
+    if not (isinstance(a, Expr) and isinstance(b, Expr)) or a.has(*_LAZY) or b.has(*_LAZY):
+        return False
+    symbols = a.free_symbols | b.free_symbols
+    names = sorted({symbol.name for symbol in symbols})
+    if any(len(name) > 1 or name in "eE" for name in names):
+        return False  # the library knows when a name is a product of letters, or Euler's number
+    point = {symbol: Rational(10 + 3 * names.index(symbol.name), 7) for symbol in symbols}
+    try:
+        x, y = complex(a.subs(point).evalf()), complex(b.subs(point).evalf())
+    except _INCOMPARABLE:
+        return False
+    return isfinite(abs(x - y)) and abs(x - y) > _MARGIN * max(abs(x), abs(y))
+
+
 @lru_cache(maxsize=256)  # a group's completions share their reference, often their answers
 def _parse(formula: str) -> tuple[Any, ...]:
     """The sympy form of all of `formula`; empty if any of it cannot be read."""
+    rational = math_text.number(formula)
+    if rational is not None and not rational.decimal:  # its grammar takes 10 ms for an integer
+        return (Rational(rational.value.numerator, rational.value.denominator),)
     # The library's last resort is wrong here: the first number that it finds somewhere in the
     # text (`first_match` stops that).
     parsed = parse(

@@ -1,0 +1,165 @@
+"""What the verifier costs: answers and programs a second, against the ways without isolation.
+
+    python -m benchmarks.verifier --data deepmath.parquet [--json FILE]
+
+Math: the same rows three times, by math-verify in this process, by math-verify in a process pool,
+and by the verifier's judges. Every other row answers with the next row's reference. Nothing is
+cached. Programs: one line of Python with one case, bare and in a sandbox, one after another, and
+then in as many sandboxes as there are cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+import pyarrow.parquet as pq
+from math_verify import parse, verify
+
+from verifier.bubblewrap import Bubblewrap
+from verifier.code_tests import CodeJudge
+from verifier.config import CodeConfig
+from verifier.sandbox import JudgePool
+
+Row = tuple[str, str]  # completion, reference
+_PROGRAMS = 100
+_SOURCE = "print(sum(map(int, input().split())))"
+_REFERENCE = '{"inputs": ["1 2 3"], "outputs": ["6"]}'
+
+
+def rows(data: Path) -> list[Row]:
+    """Boxed answers with their references, right and wrong in turn."""
+    found = pq.read_table(data, columns=["reward_model"]).to_pylist()
+    golds = [row["reward_model"]["ground_truth"] for row in found]
+    others = [*golds[1:], golds[0]]
+    return [
+        (rf"So the answer is $\boxed{{{other if place % 2 else gold}}}$.", gold)
+        for place, (gold, other) in enumerate(zip(golds, others, strict=True))
+    ]
+
+
+def by_math_verify(row: Row) -> float:
+    """Seconds that the library takes for one row, without its time-outs (they need a signal)."""
+    started = time.perf_counter()
+    completion, reference = row
+    gold = parse(rf"\boxed{{{reference}}}", parsing_timeout=None)
+    verify(gold, parse(completion, parsing_timeout=None), timeout_seconds=None)
+    return time.perf_counter() - started
+
+
+async def by_judges(work: Sequence[Row], cores: int) -> tuple[float, list[float]]:
+    """Seconds for all rows, and for each, by as many judges as cores."""
+    seconds: list[float] = []
+    left = iter(work)
+
+    async def work_off() -> None:
+        for completion, reference in left:
+            started = time.perf_counter()
+            await pool.judge("math", completion, reference)
+            seconds.append(time.perf_counter() - started)
+
+    async with JudgePool({"math"}, judges=cores) as pool:
+        await asyncio.gather(*(pool.judge("math", r"\boxed{1}", "1") for _ in range(cores)))
+        started = time.perf_counter()
+        await asyncio.gather(*(work_off() for _ in range(cores)))
+        return time.perf_counter() - started, seconds
+
+
+def math_figures(work: Sequence[Row], cores: int) -> dict[str, dict[str, float]]:
+    by_math_verify(work[0])  # warms up
+    started = time.perf_counter()
+    alone = [by_math_verify(row) for row in work]
+    alone_s = time.perf_counter() - started
+    with ProcessPoolExecutor(cores) as executor:
+        list(executor.map(by_math_verify, work[:cores]))
+        started = time.perf_counter()
+        pooled = list(executor.map(by_math_verify, work))
+        pooled_s = time.perf_counter() - started
+    judged_s, judged = asyncio.run(by_judges(work, cores))
+    return {
+        "math-verify in process": _rate(alone_s, alone),
+        f"math-verify in a pool of {cores}": _rate(pooled_s, pooled),
+        f"verifier, {cores} judges": _rate(judged_s, judged),
+    }
+
+
+def _rate(total_s: float, seconds: Sequence[float]) -> dict[str, float]:
+    ranked = sorted(seconds)
+    return {
+        "answers_per_s": round(len(ranked) / total_s, 1),
+        "p50_ms": round(1e3 * median(ranked), 2),
+        "p99_ms": round(1e3 * ranked[int(0.99 * len(ranked))], 2),
+        "slowest_ms": round(1e3 * ranked[-1], 2),
+    }
+
+
+async def program_figures(cores: int) -> dict[str, float]:
+    python = (await Bubblewrap.prepare()).python
+    bare: list[float] = []
+    sandboxed: list[float] = []
+    one = await CodeJudge.start(CodeConfig())
+    for _ in range(_PROGRAMS):  # in turn, so that both see the same machine
+        started = time.perf_counter()
+        process = await asyncio.create_subprocess_exec(
+            *(*python, "-c", _SOURCE), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        await process.communicate(b"1 2 3")
+        bare.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        assert (await one.judge(_SOURCE, _REFERENCE)).outcome == "correct"
+        sandboxed.append(time.perf_counter() - started)
+    many = await CodeJudge.start(CodeConfig(programs=cores))
+    started = time.perf_counter()
+    await asyncio.gather(*(many.judge(_SOURCE, _REFERENCE) for _ in range(_PROGRAMS)))
+    return {
+        "bare_ms": round(1e3 * median(bare), 2),
+        "sandboxed_ms": round(1e3 * median(sandboxed), 2),
+        "overhead_ms": round(1e3 * (median(sandboxed) - median(bare)), 2),
+        f"sandboxed_per_s_on_{cores}": round(_PROGRAMS / (time.perf_counter() - started), 1),
+    }
+
+
+def machine() -> dict[str, str | int]:
+    """Where these figures were measured."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2] for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": model.strip() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    arguments.add_argument("--data", type=Path, required=True, help="rows in verl's columns")
+    arguments.add_argument("--json", type=Path, help="where to write the figures")
+    given = arguments.parse_args()
+    where = machine()
+    cores = int(where["cores"])
+    figures = {
+        "machine": where,
+        "math": math_figures(rows(given.data), cores),
+        "programs": asyncio.run(program_figures(cores)),
+    }
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if given.json is not None:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
