@@ -63,7 +63,12 @@ class VLLMEngine:
             model_path,
             dtype=config.engine.dtype,
             device=config.engine.device,
-            fixed={"logprobs_mode": "processed_logprobs"},
+            fixed={
+                "logprobs_mode": "processed_logprobs",
+                # When a prompt is prefilled in parts, vLLM 0.32 rewinds its random stream, which
+                # streams on a CPU cannot do: the engine would die.
+                **({"enable_chunked_prefill": False} if vllm_core.on_cpu() else {}),
+            },
             defaults={
                 "worker_extension_cls": _EXTENSION,
                 "weight_transfer_config": {"backend": vllm_transfer.BACKEND},

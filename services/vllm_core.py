@@ -82,6 +82,11 @@ class Running:
         await asyncio.to_thread(self._watchdog.communicate)
 
 
+def on_cpu() -> bool:
+    """Whether this build of vLLM runs on the CPU."""
+    return bool(current_platform.is_cpu())
+
+
 def start(
     model: str,
     *,
@@ -105,7 +110,6 @@ def start(
         VLLMError: an argument is unknown, taken or refused by vLLM, or the engine did not start.
         services.models.ModelError: there is no such model.
     """
-    on_cpu = current_platform.is_cpu()
     if device not in ("auto", current_platform.device_type):
         raise VLLMError(
             f"this vLLM runs on {current_platform.device_type!r}, not on {device!r}: set "
@@ -113,15 +117,15 @@ def start(
         )
     own = {
         "model": str(locate(model)),
-        "dtype": ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype,
+        "dtype": ("float32" if on_cpu() else "bfloat16") if dtype == "auto" else dtype,
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
         **fixed,
     }
     _check_names(args, own)
-    merged = {**(_CPU_DEFAULTS if on_cpu else {}), **defaults, **args, **own}
+    merged = {**(_CPU_DEFAULTS if on_cpu() else {}), **defaults, **args, **own}
     environment = dict(_ENVIRONMENT)
-    if on_cpu and merged["enforce_eager"]:
+    if on_cpu() and merged["enforce_eager"]:
         # The sampler is compiled even so, with a C++ compiler, and that takes 20 s.
         environment["TORCH_COMPILE_DISABLE"] = "1"
     try:

@@ -202,6 +202,15 @@ async def test_weights_are_cast_to_the_models_precision(engine: Engine) -> None:
 # ------------------------------------------------------------------------------- the calls
 
 
+async def test_more_prompt_tokens_than_one_forward_takes(engine: Engine) -> None:
+    """They are more than the 2,048 of vLLM's default; one prompt would be prefilled in parts."""
+    prompts = RANDOM.integers(2, VOCAB, (30, 200)).tolist()
+    sampling = Sampling(n=2, max_tokens=4, seed=8)
+    groups = await asyncio.gather(*(engine.sample(p, sampling) for p in prompts))
+    for prompt, sampled in zip(prompts, groups, strict=True):
+        assert_sampled_from(vllm_model(0), prompt, sampled.completions)
+
+
 async def test_a_cancelled_call_frees_its_place(engine: Any) -> None:
     """It would otherwise sample for minutes, and hold up the next update as long."""
     endless = Sampling(n=64, max_tokens=CONTEXT - 2, seed=1)

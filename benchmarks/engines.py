@@ -1,0 +1,230 @@
+"""Tokens/s of the rollout's and the teacher's engines, and how soon new weights are sampled from.
+
+    python -m benchmarks.engines --json benchmarks/results/engines-cpu.json
+
+The same prompts go to the transformers engine, to our vLLM engine, and to vLLM's own `generate`
+in the same processes; so what ours costs on top of vLLM shows, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from vllm import SamplingParams
+from vllm.inputs import tokens_input
+from vllm.sampling_params import RequestOutputKind
+
+from rollout.config import RolloutConfig
+from rollout.engine import Engine, build_engine
+from services.models import probe_tokens
+from services.packed import prepare, score
+from services.trajectory import Sampling
+from services.weights import Weights
+from teacher.config import TeacherConfig
+from teacher.scorer import build_scorer
+
+PROMPTS, PROMPT_TOKENS, N, NEW_TOKENS = 16, 64, 8, 64
+SEQUENCES, SEQUENCE_TOKENS = 48, 256
+ROUNDS = 3
+ARGS = {"kv_cache_memory_bytes": 1 << 30}
+
+
+def make_model(directory: Path) -> Qwen3ForCausalLM:
+    """A random Qwen3 of 27 million parameters. It knows no end token, so every completion has
+    `NEW_TOKENS`."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=16_384, hidden_size=512, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, intermediate_size=1536, max_position_embeddings=1024,
+        tie_word_embeddings=True, eos_token_id=16_383,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval()
+    model.save_pretrained(directory)
+    return model
+
+
+def published(model: Qwen3ForCausalLM, version: int) -> Weights:
+    """`model` as the learner publishes it."""
+    probe = probe_tokens(16_384)
+    (logprobs,) = score(model, [probe], [1])
+    return Weights.flatten(version, model.named_parameters(), probe, logprobs)
+
+
+async def tokens_per_s(work: dict[str, Callable[[], Awaitable[int]]]) -> dict[str, float]:
+    """Median over the rounds of each contestant; their rounds alternate, as a machine's speed
+    drifts."""
+    rates: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(ROUNDS + 1):
+        for name, run in work.items():
+            started = time.perf_counter()
+            tokens = await run()
+            if number:  # the first warms up
+                rates[name].append(tokens / (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+async def generated(llm: Any, ids: list[int], **params: Any) -> Any:
+    """vLLM's own way: one request, its last output."""
+    wanted = SamplingParams(
+        detokenize=False, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY, **params
+    )
+    last = None
+    async for output in llm.generate(tokens_input(ids), wanted, uuid.uuid4().hex):
+        last = output
+    return last
+
+
+async def rollout(directory: Path, model: Qwen3ForCausalLM) -> dict[str, Any]:
+    """Tokens/s of sampling, and seconds from `load_weights` to the first token."""
+    random = np.random.default_rng(0)
+    prompts = random.integers(0, 16_000, (PROMPTS, PROMPT_TOKENS)).tolist()
+    engines: dict[str, Any] = {
+        "transformers": build_engine(_rollout("transformers"), str(directory)),
+        "vllm": await asyncio.to_thread(build_engine, _rollout("vllm"), str(directory)),
+    }
+    weights = published(model, 1)
+    for engine in engines.values():
+        await engine.load_weights(weights)
+
+    async def ours(engine: Engine) -> int:
+        groups = await asyncio.gather(
+            *(engine.sample(p, Sampling(N, NEW_TOKENS, seed=i)) for i, p in enumerate(prompts))
+        )
+        return sum(len(c.token_ids) for group in groups for c in group.completions)
+
+    async def bare() -> int:
+        params = {"n": N, "max_tokens": NEW_TOKENS, "logprobs": 0, "temperature": 1.0}
+        llm = engines["vllm"]._llm
+        outputs = await asyncio.gather(
+            *(generated(llm, p, seed=i, **params) for i, p in enumerate(prompts))
+        )
+        return sum(len(c.token_ids) for output in outputs for c in output.outputs)
+
+    rates = await tokens_per_s(
+        {name: (lambda engine=engine: ours(engine)) for name, engine in engines.items()}
+        | {"bare vllm": bare}
+    )
+    first = {name: await first_token_s(engine, weights) for name, engine in engines.items()}
+    for engine in engines.values():
+        await engine.close()
+    return {"tokens_per_s": rates, "weights_to_first_token_s": first}
+
+
+async def first_token_s(engine: Engine, weights: Weights) -> float:
+    """Median seconds from `load_weights` to one token of a short prompt under them."""
+    times = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        await engine.load_weights(weights)
+        await engine.sample([1, 2, 3], Sampling(1, 1))
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+async def scoring(directory: Path) -> dict[str, Any]:
+    """Tokens/s of scoring the second half of each sequence; all of its tokens are counted."""
+    random = np.random.default_rng(1)
+    sequences = random.integers(0, 16_000, (SEQUENCES, SEQUENCE_TOKENS)).tolist()
+    starts = [SEQUENCE_TOKENS // 2] * SEQUENCES
+    scorers: dict[str, Any] = {
+        "packed": build_scorer(_teacher("transformers", directory)),
+        "vllm": await asyncio.to_thread(build_scorer, _teacher("vllm", directory)),
+    }
+
+    async def ours(scorer: Any) -> int:
+        await scorer.score(sequences, starts)
+        return SEQUENCES * SEQUENCE_TOKENS
+
+    async def bare() -> int:
+        llm = scorers["vllm"]._llm
+        await asyncio.gather(
+            *(generated(llm, ids, max_tokens=1, prompt_logprobs=0) for ids in sequences)
+        )
+        return SEQUENCES * SEQUENCE_TOKENS
+
+    rates = await tokens_per_s(
+        {name: (lambda scorer=scorer: ours(scorer)) for name, scorer in scorers.items()}
+        | {"bare vllm": bare}
+    )
+    await scorers["vllm"].close()
+    return {"tokens_per_s": rates}
+
+
+def _rollout(kind: str) -> RolloutConfig:
+    return RolloutConfig.model_validate({"engine": {"kind": kind, "args": _args(kind)}})
+
+
+def _teacher(kind: str, directory: Path) -> TeacherConfig:
+    engine = {"kind": kind, "args": _args(kind)}
+    return TeacherConfig.model_validate({"model": str(directory), "engine": engine})
+
+
+def _args(kind: str) -> dict[str, Any]:
+    return ARGS if kind == "vllm" else {}
+
+
+def machine() -> dict[str, Any]:
+    """Where and when the figures were taken."""
+    names = {
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    }
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": ", ".join(sorted(names)),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The figures of one run, for a person."""
+    made = Table("engine", "tokens/s", "s from new weights to first token")
+    first = result["rollout"]["weights_to_first_token_s"]
+    for role in ("rollout", "scoring"):
+        for name, rate in result[role]["tokens_per_s"].items():
+            seconds = f"{first[name]:.3f}" if role == "rollout" and name in first else ""
+            made.add_row(f"{role}: {name}", f"{rate:,.0f}", seconds)
+    return made
+
+
+async def measure() -> dict[str, Any]:
+    """Everything, one engine after the other."""
+    with tempfile.TemporaryDirectory() as name:
+        model = make_model(Path(name))
+        prepare(model)
+        rolled = await rollout(Path(name), model)
+        return {"machine": machine(), "rollout": rolled, "scoring": await scoring(Path(name))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    result = asyncio.run(measure())
+    Console().print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
