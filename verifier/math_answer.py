@@ -52,6 +52,7 @@ _LATEX = (
     ),
 )
 _LAZY = (Sum, Product, Integral, Limit, Derivative)  # to evaluate one may take for ever
+_INFINITE = {r"\infty", r"+\infty", r"-\infty"}
 _MARGIN = 1e-4  # relative
 _ROUNDING = Fraction(1, 10**6)  # relative; what a decimal may lack against an exact reference
 
@@ -159,12 +160,16 @@ def _same_part(answer: str, gold: str) -> bool:
     if gold_group and answer_group and max(len(gold_group.parts), len(answer_group.parts)) > 1:
         return _same_group(answer_group, gold_group)
     for several, one in ((answer_group, gold), (gold_group, answer)):
-        if several and len(several.parts) > 1 and math_text.number(one):
+        if several and len(several.parts) > 1 and not _SET.search(one):
             return False
     unions = math_text.split(answer, UNION), math_text.split(gold, UNION)
     if len(unions[0]) == len(unions[1]) > 1:
         return _matched(*unions, _same_part)
     return _same_measure(math_text.measure(answer), math_text.measure(gold), answer, gold)
+
+
+# What an interval may be written as, other than in brackets.
+_SET = re.compile(r"[<>=]|\\(?:leq|geq|lt|gt|neq?|in|cup|cap|setminus|mathbb|R|text)(?![a-zA-Z])")
 
 
 def _same_group(answer: Group, gold: Group) -> bool:
@@ -228,6 +233,9 @@ def _same_formula(answer: str, gold: str) -> bool:
         if not (a.decimal or b.decimal):
             return a.value == b.value
         return abs(a.value - b.value) <= _ROUNDING * abs(b.value)
+    for one, other in ((answer, gold), (gold, answer)):
+        if math_text.plain(one) in _INFINITE and r"\infty" not in other:
+            return False
     if len(answer) == len(gold) == 1:
         return False  # two variables; the library does not tell b from B
     parsed = _parse(gold)
