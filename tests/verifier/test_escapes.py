@@ -67,7 +67,7 @@ REFUSED = {
     "reading the shadow file": "open('/etc/shadow').read()",
     "reading root's home": "os.listdir('/root')",
     "reading other runs' files": "os.listdir('/var')",
-    "reading the tests": "open('/work/tests.py').read()",
+    "reading the tests": "open('/tests/test_code.py').read()",
     "the parent's environment": "open(f'/proc/{HOST_PID}/environ').read()",
     "its own environment": "open('/proc/self/environ').read()",
     "its own memory as a file": "open('/proc/self/mem', 'rb+')",
