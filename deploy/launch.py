@@ -10,7 +10,6 @@ The run directory belongs to the driver alone, and is all that `scope resume` ne
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import logging
 import os
@@ -25,16 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 from ray.train import TrainingFailedError
+from redis.exceptions import RedisError
 
 from deploy.config import RunConfig, dump
 from deploy.console import Console
+from deploy.crew import Crew, WorkerFailed
 from deploy.evaluate import Result, evaluate
 from deploy.preflight import Preflight, check
 from deploy.restore import restore
 from deploy.status import write_snapshot
-from rollout.engine import EngineDied
 from rollout.feeder import Feeder
 from rollout.worker import RolloutWorker
 from services.config import Resources
@@ -54,22 +53,10 @@ from verifier.worker import VerifierWorker
 log = logging.getLogger(__name__)
 
 _WATCH_S = 0.5
-_RESTARTS, _RESTART_PAUSE_S = 20, 1.0
 
 
 class RunFailed(RuntimeError):
     """The run stopped; the message says what broke and how to go on."""
-
-
-@dataclass
-class Worker:
-    """One actor of a stage and the task that runs it."""
-
-    name: str
-    start: Callable[[], Any]  # a new actor handle
-    actor: Any = None
-    task: asyncio.Future[None] | None = None
-    restarts: int = 0
 
 
 @dataclass
@@ -80,7 +67,6 @@ class Run:
     directory: Path
     console: Console
     preflight: Preflight
-    workers: list[Worker] = field(default_factory=list)
     evaluations: dict[str, Result] = field(default_factory=dict)
 
     async def execute(self) -> None:
@@ -98,11 +84,12 @@ class Run:
             await self._prepare_streams(streams, connection)
             store = start_store(f"{self.config.name}-weights")
             teacher_url, key = await self._start_teacher()
-            self._start_workers(connection, store, teacher_url, key)
-            stack.push_async_callback(self._stop_workers)
+            crew = Crew(self.console.say)
+            stack.push_async_callback(crew.stop)
+            self._start_workers(crew, connection, store, teacher_url, key)
             learner = self._start_learner(connection, store)
             recorder = stack.enter_context(Recorder(self.directory))
-            watch = asyncio.create_task(self._watch(streams, recorder, learner))
+            watch = asyncio.create_task(self._watch(streams, recorder, learner, crew))
             stack.callback(watch.cancel)
             await self._phases(connection, learner, watch)
             await self._record(streams, recorder)
@@ -191,25 +178,26 @@ class Run:
         self.console.say(f"teacher: serving at {url}")
         return url, keys[0]
 
-    def _start_workers(self, connection: Connection, store: Any, url: str, key: str) -> None:
+    def _start_workers(
+        self, crew: Crew, connection: Connection, store: Any, url: str, key: str
+    ) -> None:
         config = self.config
         need = objective(config.trainer.objective).teacher
-
-        def role(name: str, cls: type[Any], count: int, resources: Resources, *args: Any) -> None:
-            for number in range(count):
-                worker = f"{config.name}-{name}-{number}"
-                self.workers.append(
-                    Worker(worker, functools.partial(_actor, cls, resources, worker, *args))
-                )
-
-        role("rollout", RolloutWorker, config.rollout.workers, config.rollout.resources,
-             connection, config.rollout, config.student, StoreFeed(store))  # fmt: skip
-        role("verifier", VerifierWorker, config.verifier.workers, config.verifier.resources,
-             connection, config.verifier)  # fmt: skip
-        role("scorer", TeacherWorker, config.teacher.workers, Resources(cpus=0.0),
-             connection, config.teacher, url, key, need, self.preflight.teacher.model)  # fmt: skip
-        for worker in self.workers:
-            _launch(worker)
+        for number in range(config.rollout.workers):
+            crew.add(
+                f"{config.name}-rollout-{number}", RolloutWorker, config.rollout.resources,
+                connection, config.rollout, config.student, StoreFeed(store),
+            )  # fmt: skip
+        for number in range(config.verifier.workers):
+            crew.add(
+                f"{config.name}-verifier-{number}", VerifierWorker, config.verifier.resources,
+                connection, config.verifier,
+            )  # fmt: skip
+        for number in range(config.teacher.workers):
+            crew.add(
+                f"{config.name}-teacher-{number}", TeacherWorker, Resources(cpus=0.0),
+                connection, config.teacher, url, key, need, self.preflight.teacher.model,
+            )  # fmt: skip
 
     def _start_learner(self, connection: Connection, store: Any) -> asyncio.Future[None]:
         made = trainer(
@@ -226,69 +214,54 @@ class Run:
         )
         return _in_thread(made.fit)
 
-    def _raise_learner_error(self, learner: asyncio.Future[None]) -> None:
-        try:
-            learner.result()
-        except TrainingFailedError as error:
-            raise RunFailed(
-                f"the learner failed: {_root(error)}; continue with: scope resume {self.directory}"
-            ) from error
-
     # ---------------------------------------------------------------------------- watching
 
     async def _watch(
-        self, streams: Streams, recorder: Recorder, learner: asyncio.Future[None]
+        self,
+        streams: Streams,
+        recorder: Recorder,
+        learner: asyncio.Future[None],
+        crew: Crew,
     ) -> None:
         """Until cancelled: restarts dead workers, records metrics, and raises what ends a run."""
         last_step, last_progress = -1, time.monotonic()
-        while True:
-            await asyncio.sleep(_WATCH_S)
-            for worker in self.workers:
-                await self._revive(worker)
-            await self._record(streams, recorder)
-            ledger = await self._snapshot(streams)
-            self.console.progress(ledger, self.preflight.total_groups)
-            if ledger.step != last_step or ledger.in_flight == 0:
-                last_step, last_progress = ledger.step, time.monotonic()
-            self._stop_on_faults(ledger, time.monotonic() - last_progress)
-            if learner.done():
-                self._raise_learner_error(learner)
+        try:
+            while True:
+                await asyncio.sleep(_WATCH_S)
+                crew.revive()
+                await self._record(streams, recorder)
+                ledger = await self._snapshot(streams)
+                self.console.progress(ledger, self.preflight.total_groups)
+                if ledger.step != last_step or ledger.in_flight == 0:
+                    last_step, last_progress = ledger.step, time.monotonic()
+                self._stop_on_faults(ledger, time.monotonic() - last_progress)
+                if learner.done():
+                    learner.result()
+        except WorkerFailed as error:
+            raise self._failed(str(error)) from error
+        except TrainingFailedError as error:
+            raise self._failed(f"the learner failed: {_root(error)}") from error
+        except RedisError as error:
+            raise self._failed(f"Redis cannot be reached: {error}") from error
 
     def _stop_on_faults(self, ledger: Ledger, quiet_s: float) -> None:
-        resume = f"continue with: scope resume {self.directory}"
-        if ledger.dead > self.config.max_dead_fraction * max(ledger.fed, 1) and ledger.dead > 0:
-            raise RunFailed(
+        fraction = self.config.max_dead_fraction
+        # At least over ten steps: one poisoned prompt among the first few is no bad run.
+        seen = max(ledger.fed, 10 * self.config.trainer.groups_per_step)
+        if ledger.dead > fraction * seen:
+            raise self._failed(
                 f"{ledger.dead} of {ledger.fed} prompts are dead, more than max_dead_fraction "
-                f"({self.config.max_dead_fraction:g}) allows; see what broke them with: "
-                f"scope dead {self.directory}; then {resume}"
+                f"({fraction:g}) allows; see what broke them with: scope dead {self.directory}"
             )
         if quiet_s > self.config.trainer.stall_timeout_s:
             slowest = max(ledger.age_s, key=lambda name: ledger.age_s[name])
-            raise RunFailed(
+            raise self._failed(
                 f"no gradient step for {quiet_s:.0f} s; the slowest stage is the one that reads "
-                f"{slowest!r} ({describe(ledger)}); {resume}"
+                f"{slowest!r} ({describe(ledger)})"
             )
 
-    async def _revive(self, worker: Worker) -> None:
-        """Restarts a worker whose process, or whose engine's, died; a worker that failed by
-        itself ends the run."""
-        if worker.task is None or not worker.task.done():
-            return
-        error = worker.task.exception()
-        if isinstance(error, RayTaskError) and not isinstance(error.cause, EngineDied):
-            raise RunFailed(
-                f"{worker.name} stopped: {error.cause or error}; continue with: "
-                f"scope resume {self.directory}"
-            )
-        if not isinstance(error, RayActorError | RayTaskError):
-            return
-        worker.restarts += 1
-        if worker.restarts > _RESTARTS:
-            raise RunFailed(f"{worker.name} died {worker.restarts} times; the last time: {error}")
-        log.warning("%s died and is started again: %s", worker.name, error)
-        self.console.say(f"{worker.name} died; starting it again")
-        await asyncio.sleep(_RESTART_PAUSE_S)
-        _launch(worker)
+    def _failed(self, what: str) -> RunFailed:
+        return RunFailed(f"{what}; continue with: scope resume {self.directory}")
 
     async def _keep_redis(self, server: EmbeddedRedis) -> None:
         """Until cancelled: starts the private Redis again when it dies. Its append-only file has
@@ -322,22 +295,16 @@ class Run:
         source, config = self.preflight.heldout, self.config.evaluation
         if source is None or config is None:
             return
-        if label == "before" and (known := Result.read(self.directory, label)):
-            self.evaluations[label] = known  # a resumed run began where it first began
+        if label == "before" and latest(self.directory / "checkpoints"):
+            # A resumed run began where it first began, and those weights are gone.
+            if known := Result.read(self.directory, label):
+                self.evaluations[label] = known
             return
         count = min(len(source), config.prompts or len(source))
         self.console.say(f"evaluating {label} training: {count} held-out prompts")
         result = await evaluate(connection, source, config, version=version)
         result.write(self.directory, label)
         self.evaluations[label] = result
-
-    async def _stop_workers(self) -> None:
-        for worker in self.workers:
-            with suppress(RayActorError):
-                worker.actor.stop.remote()
-        tasks = [w.task for w in self.workers if w.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=10.0)
 
 
 def start(config: RunConfig, console: Console, *, directory: Path | None = None) -> Run:
@@ -376,25 +343,6 @@ def _new_directory(config: RunConfig) -> Path:
             number += 1
         else:
             return directory
-
-
-def _actor(cls: type[Any], resources: Resources, name: str, *args: Any) -> Any:
-    return (
-        ray.remote(cls)
-        .options(num_cpus=resources.cpus, num_gpus=resources.gpus, name=name, max_restarts=0)
-        .remote(*args, name)
-    )
-
-
-def _launch(worker: Worker) -> None:
-    with suppress(RayActorError, ValueError):
-        ray.kill(ray.get_actor(worker.name))  # the name of a dead actor may linger
-    worker.actor = worker.start()
-    worker.task = asyncio.ensure_future(_finished(worker.actor))
-
-
-async def _finished(actor: Any) -> None:
-    await actor.run.remote()
 
 
 async def _unless(watch: asyncio.Task[None], work: Awaitable[None]) -> None:
