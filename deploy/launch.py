@@ -67,6 +67,7 @@ class Run:
     directory: Path
     console: Console
     preflight: Preflight
+    resumed: bool
     evaluations: dict[str, Result] = field(default_factory=dict)
 
     async def execute(self) -> None:
@@ -77,11 +78,11 @@ class Run:
         """
         async with AsyncExitStack() as stack:
             connection = self._start_redis(stack)
-            self._start_ray(stack)
-            _cancel_on_signals()
             streams = connection.streams()
             stack.push_async_callback(streams.redis.aclose)
             await self._prepare_streams(streams, connection)
+            self._start_ray(stack)
+            _cancel_on_signals()
             store = start_store(f"{self.config.name}-weights")
             teacher_url, key = await self._start_teacher()
             crew = Crew(self.console.say)
@@ -149,6 +150,11 @@ class Run:
             logs.symlink_to(Path(context["session_dir"]) / "logs")
 
     async def _prepare_streams(self, streams: Streams, connection: Connection) -> None:
+        if not self.resumed and (await streams.ledger()).fed:
+            raise RunFailed(
+                f"this Redis already holds a run named {self.config.name!r}: give the new one "
+                f"another name (name=…), or resume that one"
+            )
         found = latest(self.directory / "checkpoints")
         mended = await restore(
             streams, found.progress if found else None, self.preflight.train.prompt
@@ -311,6 +317,7 @@ def start(config: RunConfig, console: Console, *, directory: Path | None = None)
     """Checks the configuration and prepares its run directory (an existing one to resume)."""
     config = _with_absolute_paths(config)  # workers run in directories of their own
     preflight = check(config)
+    resumed = directory is not None
     for warning in preflight.warnings:
         console.say(f"note: {warning}")
     if directory is None:
@@ -318,7 +325,7 @@ def start(config: RunConfig, console: Console, *, directory: Path | None = None)
         config = config.model_copy(update={"name": directory.name})
         (directory / "config.yaml").write_text(dump(config))
     console.say(f"run directory: {directory}")
-    return Run(config, directory, console, preflight)
+    return Run(config, directory, console, preflight, resumed)
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
