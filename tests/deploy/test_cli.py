@@ -49,6 +49,7 @@ def test_the_teacher_is_served_alone(teacher_url: str) -> None:
         assert len(score["logprobs"]) == 2
 
 
+@pytest.mark.slow
 def test_check_prints_the_config_and_what_a_run_would_do() -> None:
     done = scope("check", "deploy/runs/demo.yaml", "trainer.max_steps=3")
     assert done.returncode == 0, done.stderr
@@ -56,6 +57,7 @@ def test_check_prints_the_config_and_what_a_run_would_do() -> None:
     assert "ok: 48 prompts in all, 3 steps" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

@@ -7,6 +7,7 @@ import asyncio
 import uuid
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -145,6 +146,7 @@ class HandOff(RuleBasedStateMachine):
             self.runner.close()
 
 
+@pytest.mark.slow
 def test_hand_off(redis_server: EmbeddedRedis) -> None:
     HandOff.url = redis_server.url
     run_state_machine_as_test(

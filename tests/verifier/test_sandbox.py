@@ -70,6 +70,7 @@ async def test_one_that_hangs_is_killed_and_its_job_is_tried_again(pool: JudgePo
     await until(lambda: is_dead(hanging))
 
 
+@pytest.mark.slow
 async def test_a_job_that_always_hangs_is_unknown_and_the_next_one_works() -> None:
     async with JudgePool({"math"}, deadline_s=0.5) as pool:
         started = time.monotonic()
@@ -79,6 +80,7 @@ async def test_a_job_that_always_hangs_is_unknown_and_the_next_one_works() -> No
         assert await pool.judge("math", r"\boxed{\frac{1}{2}}", "0.5") == RIGHT
 
 
+@pytest.mark.slow
 async def test_a_bomb_holds_up_no_other_judge() -> None:
     async with JudgePool({"math", "exact"}, judges=2, deadline_s=1.0) as pool:
         await asyncio.gather(*(pool.judge("exact", "1", "1") for _ in range(2)))

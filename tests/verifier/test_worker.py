@@ -138,6 +138,7 @@ async def test_a_corrupted_item_dies_alone_and_says_why(
     assert any("expected a RolloutGroup, found 'Prompt'" in reason for reason in reasons.values())
 
 
+@pytest.mark.slow
 async def test_a_bomb_is_unknown_and_the_rest_of_its_group_is_judged(
     connection: Connection, streams: Streams
 ) -> None:
