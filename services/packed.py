@@ -145,6 +145,32 @@ def score(
     return [part.tolist() for part in torch.split(flat, list(batch.lengths))]
 
 
+@torch.no_grad()
+def score_top(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """As `score`, with the `top` most likely tokens at each place: log-probs [t], token ids
+    [t, top] and their log-probs [t, top] of each sequence, on the CPU."""
+    batch = pack(sequences, starts).to(model.device)
+    hidden = hidden_states(model, batch)
+    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    chunks = zip(torch.split(hidden, CHUNK), torch.split(batch.targets, CHUNK), strict=True)
+    found = [_chunk_top(head, h, t, top) for h, t in chunks]
+    flat = [torch.cat(parts).cpu() for parts in zip(*found, strict=True)]
+    split = [torch.split(part, list(batch.lengths)) for part in flat]
+    return list(zip(*split, strict=True))
+
+
+def _chunk_top(
+    head: torch.nn.Module, hidden: Tensor, targets: Tensor, top: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = head(hidden).float()
+    normaliser = torch.logsumexp(logits, 1, keepdim=True)
+    chosen = logits.gather(1, targets[:, None])
+    best = torch.topk(logits, top, dim=1)
+    return (chosen - normaliser).squeeze(1), best.indices, best.values - normaliser
+
+
 # ------------------------------------------------------------------------------ attention
 
 

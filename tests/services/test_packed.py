@@ -96,3 +96,22 @@ def test_a_start_outside_the_sequence_is_refused(start: int) -> None:
 def test_nothing_to_score_is_nothing() -> None:
     model = packed.prepare(tiny_model())
     assert packed.score(model, [[1, 2, 3], [4, 5]], [3, 1])[0] == []
+
+
+def test_the_most_likely_tokens_are_those_of_the_whole_matrix() -> None:
+    model = tiny_model()
+    sequences, starts = [[3, 4, 5, 6, 7], [7, 8], [9, 2, 4]], [2, 1, 1]
+    expected = [
+        model(torch.tensor([ids])).logits[0, start - 1 : -1].float().log_softmax(-1)
+        for ids, start in zip(sequences, starts, strict=True)
+    ]
+    found = packed.score_top(packed.prepare(model), sequences, starts, 5)
+    for ids, start, whole, (chosen, top_ids, top) in zip(
+        sequences, starts, expected, found, strict=True
+    ):
+        values, places = whole.topk(5)
+        torch.testing.assert_close(
+            chosen, whole.gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
+        )
+        torch.testing.assert_close(top_ids, places)
+        torch.testing.assert_close(top, values)
