@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from services.config import Config, Resources
+
+OBJECTIVES = ("scope", "opd", "grpo", "rft", "kdrl", "kd")
 
 
 class ObjectiveConfig(Config):
     """What is learned from a scored group. Names follow the authors' README; the defaults
     follow the paper."""
 
-    kind: Literal["scope", "opd"] = "scope"
+    kind: str = "scope"
+    """One of `OBJECTIVES`, or "package.module:name" of your own (docs/objectives.md)."""
     tau: float = Field(default=1.0, gt=0)
     """Temperature of both paths' weights: small sharpens, large flattens."""
     use_dual_path_weighting: bool = True
@@ -28,12 +32,24 @@ class ObjectiveConfig(Config):
     """False: an incorrect trajectory that surprises the teacher weighs less."""
     normalization: Literal["paper", "released"] = "paper"
     """Weights of a path sum to 1 (paper) or have mean 1 (the authors' released code)."""
+    kl_coef: float = Field(default=1.0, gt=0)
+    """Of kdrl: the weight of the reverse KL beside the group-normalised reward."""
     log_ratio_bound: float | None = Field(default=None, gt=0)
     """Bound in nats on |log π_T − log π_S| of one token; None follows the paper."""
     is_ratio_cap: float = Field(default=2.0, gt=0)
     """Truncation of the importance ratio ρ to the policy that sampled."""
     aggregation: Literal["group", "token"] = "group"
     """The loss is a mean over prompts (paper) or over the tokens that are trained."""
+
+    @field_validator("kind")
+    @classmethod
+    def _is_known(cls, kind: str) -> str:
+        if kind not in OBJECTIVES and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", kind):
+            raise ValueError(
+                f"must be one of {', '.join(OBJECTIVES)}, or package.module:name of your own, "
+                f"not {kind!r}"
+            )
+        return kind
 
 
 class OptimizerConfig(Config):

@@ -132,7 +132,9 @@ class Learner:
         min(ρ, cap) · A · (π / π detached), whose gradient is min(ρ, cap) · A · ∇ log π.
         """
         student, sampling = logprobs[0].detach(), logprobs[-1]  # [C] at 1, at the sampling one
-        ratio = torch.exp(sampling.detach() - micro.behaviour)
+        on_policy_data = self.objective.sampler == "student"
+        behaviour = micro.behaviour if on_policy_data else sampling.detach()  # ρ = 1
+        ratio = torch.exp(sampling.detach() - behaviour)
         capped = ratio.clamp(max=self.config.objective.is_ratio_cap)
         reinforce = coefficients.reinforce[micro.sequence]
         distil = coefficients.distil[micro.sequence]
@@ -152,7 +154,7 @@ class Learner:
                     -log_ratio.sum(),
                     ratio.sum(),
                     (ratio > self.config.objective.is_ratio_cap).sum(),
-                    (sampling - micro.behaviour).abs().sum(),
+                    (sampling - behaviour).abs().sum(),
                 ]
             )
         return loss, sums

@@ -6,15 +6,17 @@ All train on one surrogate, `−Σ_t ρ_t A_t`, with the token advantage
 
 so that an objective only says how strongly each trajectory is reinforced and how strongly it is
 pulled towards the teacher. SCOPE reinforces the correct and distils the incorrect; OPD distils
-all. A new objective is one function and one line in `OBJECTIVES`.
+all. A new objective is one function and one `Objective`, here or in a package of your own
+(docs/objectives.md has an example).
 
-Axes: `N` trajectories of the global batch.
+Axes: `N` trajectories of the global batch, `G` groups (prompts).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -24,6 +26,7 @@ from trainer.config import ObjectiveConfig
 from trainer.scope import path_weights
 
 TeacherNeed: TypeAlias = Literal["incorrect", "all", "none"]
+Sampler: TypeAlias = Literal["student", "teacher"]
 
 
 class SequenceStats(NamedTuple):
@@ -49,7 +52,15 @@ class Objective:
 
     coefficients: Callable[[SequenceStats, ObjectiveConfig], Coefficients]
     teacher: TeacherNeed
-    student_perplexity: bool
+    """Whose log-probs under the teacher are asked for; `distil` must be 0 elsewhere."""
+    student_perplexity: bool = False
+    """Whether `student_nll` of the correct trajectories is computed (one more forward)."""
+    sampler: Sampler = "student"
+    """Who samples. What the teacher sampled is trained on as it is, with ρ = 1."""
+
+
+class ObjectiveError(ValueError):
+    """There is no such objective; the message says why."""
 
 
 def scope(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
@@ -78,19 +89,90 @@ def scope(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
 
 def opd(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
     """On-policy distillation: the sampled reverse KL to the teacher, the same for all."""
-    uniform = path_weights(
-        torch.zeros_like(stats.student_nll),
-        stats.group,
-        stats.correct | stats.incorrect,
-        higher_ppl_higher_weight=True,
-        normalization=config.normalization,
-    )
+    uniform = _uniform(stats, stats.correct | stats.incorrect, config)
     return Coefficients(reinforce=torch.zeros_like(uniform), distil=uniform)
 
 
+def grpo(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
+    """GRPO (arXiv 2402.03300) without a teacher and without the division by each length: the
+    reward, 1 or 0, minus its group's mean and over its standard deviation (of the population).
+    A group that is all correct or all incorrect teaches nothing."""
+    known = stats.correct | stats.incorrect
+    groups = int(stats.group.max()) + 1 if stats.group.numel() else 0
+    count, right = (
+        stats.student_nll.new_zeros(groups).index_add(
+            0, stats.group, member.to(stats.student_nll.dtype)
+        )[stats.group]
+        for member in (known, stats.correct)
+    )  # whole numbers, so that a group without a difference has a deviation of exactly 0
+    deviation = torch.sqrt(right * (count - right)) / count.clamp_min(1)
+    advantage = (reward - right / count.clamp_min(1)) / deviation
+    reinforce = _uniform(stats, known, config) * torch.where(deviation > 0, advantage, 0.0)
+    return Coefficients(reinforce=reinforce, distil=torch.zeros_like(reinforce))
+
+
+def kdrl(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
+    """KDRL (arXiv 2506.02208): GRPO's reward and, `kl_coef` times, OPD's reverse KL."""
+    return Coefficients(
+        reinforce=grpo(stats, config).reinforce,
+        distil=config.kl_coef * opd(stats, config).distil,
+    )
+
+
+def rft(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
+    """Rejection-sampling fine-tuning: maximum likelihood on the correct, all alike."""
+    reinforce = _uniform(stats, stats.correct, config)
+    return Coefficients(reinforce=reinforce, distil=torch.zeros_like(reinforce))
+
+
+def kd(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
+    """Sequence-level distillation (arXiv 1606.07947): maximum likelihood on all of the teacher's
+    own samples, which the verdict does not sort, so that it is the classic baseline."""
+    reinforce = _uniform(stats, stats.correct | stats.incorrect, config)
+    return Coefficients(reinforce=reinforce, distil=torch.zeros_like(reinforce))
+
+
+def _uniform(stats: SequenceStats, member: Tensor, config: ObjectiveConfig) -> Tensor:
+    """[N] the same weight for every member of a group."""
+    return path_weights(
+        torch.zeros_like(stats.student_nll),
+        stats.group,
+        member,
+        higher_ppl_higher_weight=True,
+        normalization=config.normalization,
+    )
+
+
 def objective(config: ObjectiveConfig) -> Objective:
-    """The configured objective."""
-    if config.kind == "opd" or not config.use_dual_path_weighting:
-        return Objective(opd, teacher="all", student_perplexity=False)
-    weighted = config.use_seq_weights and config.use_student_path_weights
-    return Objective(scope, teacher="incorrect", student_perplexity=weighted)
+    """The configured objective.
+
+    Raises:
+        ObjectiveError: `kind` names a package of one's own that has no such `Objective`.
+    """
+    kind = config.kind
+    if kind == "scope" and config.use_dual_path_weighting:
+        weighted = config.use_seq_weights and config.use_student_path_weights
+        return Objective(scope, teacher="incorrect", student_perplexity=weighted)
+    if ":" in kind:
+        return _imported(kind)
+    return _OTHERS["opd" if kind == "scope" else kind]
+
+
+_OTHERS = {
+    "opd": Objective(opd, teacher="all"),
+    "grpo": Objective(grpo, teacher="none"),
+    "rft": Objective(rft, teacher="none"),
+    "kdrl": Objective(kdrl, teacher="all"),
+    "kd": Objective(kd, teacher="none", sampler="teacher"),
+}
+
+
+def _imported(kind: str) -> Objective:
+    module, _, name = kind.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ObjectiveError(f"trainer.objective.kind {kind!r}: {error}") from error
+    if not isinstance(found, Objective):
+        raise ObjectiveError(f"trainer.objective.kind {kind!r} is no Objective")
+    return found

@@ -57,7 +57,7 @@ def test_the_papers_configurations_are_the_papers(name: str) -> None:
         ("trainr.ranks=2", "unknown key 'trainr'; did you mean 'trainer'?"),
         ("sampling.zzzz=1", "known keys: n, "),
         ("trainer.objective.tau=-1", "trainer.objective.tau: Input should be greater than 0"),
-        ("trainer.objective.kind=ppo", "trainer.objective.kind: Input should be"),
+        ("trainer.objective.kind=ppo", "trainer.objective.kind: must be one of scope, "),
         ("no-equals-sign", "an override is section.key=value, not 'no-equals-sign'"),
         ("ray.address=auto", "needs redis.url"),
         ("name=../x", "name: String should match pattern"),

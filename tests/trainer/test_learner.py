@@ -127,6 +127,15 @@ def test_ratio_cap_scales_a_stale_token_down_and_keeps_its_direction() -> None:
     assert metrics["loss/mle"] == pytest.approx(-2.0, rel=1e-4)
 
 
+def test_what_the_teacher_sampled_is_trained_on_as_it_is() -> None:
+    group = scored_group(["correct", "incorrect"], lengths=[4, 6])
+    group.rollout.trajectories[0].logprobs[:] = -9.0  # of the teacher: no ρ is made of them
+    metrics = Learner(tiny_model(), settings(kind="kd"), temperature=0.6).step(Batch.of([group]))
+    assert metrics["is_ratio/mean"] == 1.0
+    assert metrics["is_ratio/capped_fraction"] == 0.0
+    assert metrics["loss/mle"] == pytest.approx(-0.5)
+
+
 @pytest.mark.parametrize(
     "outcomes", [["unknown", "unknown"], ["correct", "correct"], ["incorrect"], ["correct"]]
 )
