@@ -98,13 +98,9 @@ def grpo(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
     reward, 1 or 0, minus its group's mean and over its standard deviation (of the population).
     A group that is all correct or all incorrect teaches nothing."""
     known = stats.correct | stats.incorrect
-    groups = int(stats.group.max()) + 1 if stats.group.numel() else 0
-    count, right = (
-        stats.student_nll.new_zeros(groups).index_add(
-            0, stats.group, member.to(stats.student_nll.dtype)
-        )[stats.group]
-        for member in (known, stats.correct)
-    )  # whole numbers, so that a group without a difference has a deviation of exactly 0
+    reward = stats.correct.to(stats.student_nll.dtype)
+    # Whole numbers, so that a group without a difference has a deviation of exactly 0.
+    count, right = _total(stats, known.to(reward.dtype)), _total(stats, reward)
     deviation = torch.sqrt(right * (count - right)) / count.clamp_min(1)
     advantage = (reward - right / count.clamp_min(1)) / deviation
     reinforce = _uniform(stats, known, config) * torch.where(deviation > 0, advantage, 0.0)
@@ -130,6 +126,12 @@ def kd(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
     own samples, which the verdict does not sort, so that it is the classic baseline."""
     reinforce = _uniform(stats, stats.correct | stats.incorrect, config)
     return Coefficients(reinforce=reinforce, distil=torch.zeros_like(reinforce))
+
+
+def _total(stats: SequenceStats, values: Tensor) -> Tensor:
+    """[N] the sum of `values` [N] over each trajectory's group."""
+    groups = int(stats.group.max()) + 1 if stats.group.numel() else 0
+    return values.new_zeros(groups).index_add(0, stats.group, values)[stats.group]
 
 
 def _uniform(stats: SequenceStats, member: Tensor, config: ObjectiveConfig) -> Tensor:
