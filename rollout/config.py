@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
-from services.config import Config, Resources
+from services.config import Config, EngineConfig, Resources
 
 
 class DataConfig(Config):
@@ -55,19 +55,11 @@ class SamplingConfig(Config):
         return top_p
 
 
-class EngineConfig(Config):
-    """What samples from the student."""
+class SamplingEngineConfig(EngineConfig):
+    """What samples from the student. vLLM's `logprobs_mode` is always `processed_logprobs`:
+    log-probs of the distribution that was sampled from, temperature applied, as the importance
+    ratio needs them."""
 
-    kind: Literal["auto", "vllm", "transformers"] = "auto"
-    """`auto` is vLLM where there is a GPU and vLLM is installed, transformers elsewhere."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto` is bfloat16 on a GPU and float32 elsewhere."""
-    device: str = "auto"
-    """A torch device; `auto` is `cuda` where there is one, `cpu` elsewhere."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """More arguments for vLLM's engine, by the names of its `AsyncEngineArgs`; the transformers
-    engine takes none. `logprobs_mode` is always `processed_logprobs`: log-probs of the
-    distribution that was sampled from, temperature applied, as the importance ratio needs them."""
     in_flight: Literal["wait"] = "wait"
     """What becomes of groups in flight when new weights come in: they are finished first, so that
     all tokens of a group come from one version."""
@@ -79,7 +71,7 @@ class RolloutConfig(Config):
     workers: int = Field(default=1, ge=1)
     resources: Resources = Resources()
     """What each worker reserves."""
-    engine: EngineConfig = EngineConfig()
+    engine: SamplingEngineConfig = SamplingEngineConfig()
     capacity: int = Field(default=32, ge=1)
     """Prompts in flight in one worker, those that wait for the next batch included."""
     batch_sequences: int = Field(default=256, ge=1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol
 
-from rollout.config import EngineConfig, RolloutConfig
-from services.models import end_tokens, load_model, probe_difference
+from rollout.config import RolloutConfig
+from services import engines
+from services.models import end_tokens, probe_difference
 from services.stage import BadItem, PatienceExceeded
 from services.trajectory import Finish, LogProbs, Sampling, TokenIds
 from services.weights import Weights
@@ -76,51 +76,25 @@ class EngineDied(PatienceExceeded):
     replaced. Its prompts are given back."""
 
 
-class EngineError(ValueError):
-    """The configured engine cannot be had; the message says what to change."""
-
-
 def build_engine(config: RolloutConfig, model_path: str) -> Engine:
     """Loads the student with the configured engine. Takes as long as reading its weights.
 
     Raises:
-        EngineError: the engine is not available.
+        services.engines.EngineError: the engine is not available.
         services.models.ModelError: the model is not.
     """
-    engine = config.engine
-    if _kind(engine) == "vllm":
-        return _build_vllm(config, model_path)
-    if engine.args:
-        raise EngineError(
-            f"the transformers engine takes no arguments, got {', '.join(sorted(engine.args))}"
-        )
+    if engines.choose(config.engine, "rollout.engine") == "vllm":
+        from rollout.vllm_engine import VLLMEngine
+
+        return VLLMEngine(config, model_path)
     from rollout.transformers_engine import TransformersEngine
 
-    device = ("cuda" if _has_gpu() else "cpu") if engine.device == "auto" else engine.device
-    dtype = engine.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return TransformersEngine(
-        load_model(model_path, dtype=dtype, device=device),
+        engines.load(config.engine, model_path),
         end_tokens(model_path),
         batch_sequences=config.batch_sequences,
         probe_tolerance=config.probe_tolerance,
     )
-
-
-def _build_vllm(config: RolloutConfig, model_path: str) -> Engine:
-    if not find_spec("vllm"):
-        raise EngineError(
-            "rollout.engine.kind is 'vllm', and vLLM is not installed: install the extra 'vllm' "
-            "(GPU) or run make install (CPU), or set rollout.engine.kind to 'transformers'"
-        )
-    from rollout.vllm_engine import VLLMEngine
-    from services.vllm_core import VLLMError
-
-    try:
-        return VLLMEngine(config, model_path)
-    except VLLMError as error:
-        raise EngineError(f"rollout: {error}") from error
 
 
 def check_request(prompt_ids: Sequence[int], sampling: Sampling, *, vocab_size: int) -> None:
@@ -173,16 +147,3 @@ def check_probe(weights: Weights, logprobs: Sequence[float], tolerance: float) -
             f"weights version {weights.version}: the engine's log-probs of the probe differ from "
             f"the learner's by {difference:.3g} nats, more than probe_tolerance ({tolerance:g})"
         )
-
-
-def _kind(engine: EngineConfig) -> str:
-    if engine.kind != "auto":
-        return engine.kind
-    on_gpu = _has_gpu() and not engine.device.startswith("cpu")
-    return "vllm" if on_gpu and find_spec("vllm") else "transformers"
-
-
-def _has_gpu() -> bool:
-    import torch  # here, so that a caller that only wants the types never loads it
-
-    return torch.cuda.is_available()

@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitRequest,
     WeightTransferUpdateRequest,
 )
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -40,7 +41,32 @@ from services.stage import BadItem, Unavailable
 from services.trajectory import Sampling
 from services.weights import Weights
 
+SECTION = "rollout.engine"  # of a run's config, for messages
 _EXTENSION = f"{vllm_transfer.__name__}.{vllm_transfer.WorkerExtension.__name__}"
+
+
+def engine_args(config: RolloutConfig, model_path: str) -> AsyncEngineArgs:
+    """What vLLM samples with.
+
+    Raises:
+        services.engines.EngineError: an argument is unknown, taken or refused by vLLM.
+        services.models.ModelError: there is no such model.
+    """
+    return vllm_core.engine_args(
+        model_path,
+        config.engine,
+        SECTION,
+        fixed={
+            "logprobs_mode": "processed_logprobs",
+            # When a prompt is prefilled in parts, vLLM 0.32 rewinds its random stream, which
+            # streams on a CPU cannot do: the engine would die.
+            **({"enable_chunked_prefill": False} if vllm_core.on_cpu() else {}),
+        },
+        defaults={
+            "worker_extension_cls": _EXTENSION,
+            "weight_transfer_config": {"backend": vllm_transfer.BACKEND},
+        },
+    )
 
 
 class VLLMEngine:
@@ -51,7 +77,7 @@ class VLLMEngine:
         model_path: the student's directory.
 
     Raises:
-        services.vllm_core.VLLMError: vLLM does not start with these arguments.
+        services.engines.EngineError: vLLM does not start with these arguments.
         services.models.ModelError: there is no such model.
     """
 
@@ -59,22 +85,7 @@ class VLLMEngine:
         self._end_tokens = list(end_tokens(model_path))
         self._shapes = parameter_shapes(model_path)
         self._tolerance = config.probe_tolerance
-        self._running = vllm_core.start(
-            model_path,
-            dtype=config.engine.dtype,
-            device=config.engine.device,
-            fixed={
-                "logprobs_mode": "processed_logprobs",
-                # When a prompt is prefilled in parts, vLLM 0.32 rewinds its random stream, which
-                # streams on a CPU cannot do: the engine would die.
-                **({"enable_chunked_prefill": False} if vllm_core.on_cpu() else {}),
-            },
-            defaults={
-                "worker_extension_cls": _EXTENSION,
-                "weight_transfer_config": {"backend": vllm_transfer.BACKEND},
-            },
-            args=config.engine.args,
-        )
+        self._running = vllm_core.start(engine_args(config, model_path), SECTION)
         self._llm = self._running.llm
         self._turnstile = _Turnstile()
         self._connected = False

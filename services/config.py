@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,3 +42,17 @@ class Resources(Config):
 
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
+
+
+class EngineConfig(Config):
+    """What runs a model."""
+
+    kind: Literal["auto", "vllm", "transformers"] = "auto"
+    """`auto` is vLLM where there is a GPU and vLLM is installed, transformers elsewhere."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto` is bfloat16 on a GPU and float32 elsewhere."""
+    device: str = "auto"
+    """A torch device; `auto` is `cuda` where there is one, `cpu` elsewhere."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """More arguments for vLLM's engine, by the names of its `AsyncEngineArgs`, such as
+    `tensor_parallel_size`; the transformers engine takes none."""

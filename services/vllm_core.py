@@ -28,6 +28,8 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from services.config import EngineConfig
+from services.engines import EngineError
 from services.models import locate
 
 _CPU_DEFAULTS: Mapping[str, Any] = {
@@ -60,10 +62,6 @@ for pid in sys.argv[1:]:
 """
 
 
-class VLLMError(ValueError):
-    """vLLM refuses to start as configured; the message says what to change."""
-
-
 class Running:
     """`llm` and its processes, which end with this one however it ends: by itself vLLM outlives
     a parent that is killed, and keeps the GPU from the one that replaces it."""
@@ -87,34 +85,33 @@ def on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def start(
+def engine_args(
     model: str,
+    engine: EngineConfig,
+    section: str,
     *,
-    dtype: str,
-    device: str,
     fixed: Mapping[str, Any],
     defaults: Mapping[str, Any],
-    args: Mapping[str, Any],
-) -> Running:
-    """Loads a model directory into engine processes of its own. Takes half a minute and more.
+) -> AsyncEngineArgs:
+    """What vLLM is started with.
 
     Args:
         model: a Hugging Face directory or hub name.
-        dtype: of weights and arithmetic; `auto` is bfloat16 on a GPU and float32 elsewhere.
-        device: `auto`, or the kind of device that this build of vLLM runs on.
+        engine: the user's settings.
+        section: where they stand in the run's config, for messages.
         fixed: engine arguments that the caller's correctness rests on.
-        defaults: engine arguments that `args` may override.
-        args: the user's engine arguments, by the names of vLLM's `AsyncEngineArgs`.
+        defaults: engine arguments that `engine.args` may override.
 
     Raises:
-        VLLMError: an argument is unknown, taken or refused by vLLM, or the engine did not start.
+        services.engines.EngineError: an argument is unknown, taken or refused by vLLM.
         services.models.ModelError: there is no such model.
     """
-    if device not in ("auto", current_platform.device_type):
-        raise VLLMError(
-            f"this vLLM runs on {current_platform.device_type!r}, not on {device!r}: set "
-            "engine.device to 'auto'; which GPUs it takes is up to CUDA_VISIBLE_DEVICES"
+    if engine.device not in ("auto", current_platform.device_type):
+        raise EngineError(
+            f"this vLLM runs on {current_platform.device_type!r}, not on {engine.device!r}: set "
+            f"{section}.device to 'auto'; which GPUs it takes is up to CUDA_VISIBLE_DEVICES"
         )
+    dtype = engine.dtype
     own = {
         "model": str(locate(model)),
         "dtype": ("float32" if on_cpu() else "bfloat16") if dtype == "auto" else dtype,
@@ -122,20 +119,33 @@ def start(
         "disable_log_stats": True,
         **fixed,
     }
-    _check_names(args, own)
-    merged = {**(_CPU_DEFAULTS if on_cpu() else {}), **defaults, **args, **own}
-    environment = dict(_ENVIRONMENT)
-    if on_cpu() and merged["enforce_eager"]:
-        # The sampler is compiled even so, with a C++ compiler, and that takes 20 s.
-        environment["TORCH_COMPILE_DISABLE"] = "1"
-    try:
-        with _environment(environment):
-            engine_args = AsyncEngineArgs(**merged)
-            return Running(lambda: AsyncLLM.from_engine_args(engine_args))
-    except (ValueError, TypeError) as error:  # pydantic's errors among them
-        raise VLLMError(f"vLLM refuses its arguments: {error}") from error
-    except RuntimeError as error:
-        raise VLLMError(f"vLLM did not start for {model}: {error}") from error
+    _check_names(engine.args, own, section)
+    merged = {**(_CPU_DEFAULTS if on_cpu() else {}), **defaults, **engine.args, **own}
+    with _refusals(section):
+        return AsyncEngineArgs(**merged)
+
+
+def check(args: AsyncEngineArgs, section: str) -> None:
+    """Lets vLLM validate its arguments against the model and this machine, starting nothing.
+
+    Raises:
+        services.engines.EngineError: vLLM refuses them.
+    """
+    with _refusals(section), _environment(args):
+        args.create_engine_config()
+
+
+def start(args: AsyncEngineArgs, section: str) -> Running:
+    """Loads the model into engine processes of its own. Takes half a minute and more.
+
+    Raises:
+        services.engines.EngineError: vLLM refuses its arguments, or did not start.
+    """
+    with _refusals(section), _environment(args):
+        try:
+            return Running(lambda: AsyncLLM.from_engine_args(args))
+        except RuntimeError as error:
+            raise EngineError(f"{section}: vLLM did not start for {args.model}: {error}") from error
 
 
 async def last_output(
@@ -170,9 +180,21 @@ async def sequence_logprobs(llm: AsyncLLM, token_ids: Sequence[int]) -> list[flo
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def _refusals(section: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:  # pydantic's errors among them
+        raise EngineError(f"{section}.args: vLLM refuses its arguments: {error}") from error
+
+
+@contextmanager
+def _environment(args: AsyncEngineArgs) -> Iterator[None]:
     """Sets what is not set, for as long as the block runs and for the processes it starts."""
-    added = {name: value for name, value in variables.items() if name not in os.environ}
+    wanted = dict(_ENVIRONMENT)
+    if on_cpu() and args.enforce_eager:
+        # The sampler is compiled even so, with a C++ compiler, and that takes 20 s.
+        wanted["TORCH_COMPILE_DISABLE"] = "1"
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield
@@ -181,12 +203,12 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def _check_names(args: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _check_names(args: Mapping[str, Any], own: Mapping[str, Any], section: str) -> None:
     known = {field.name for field in fields(AsyncEngineArgs)}
     for name in args:
         if name in own:
-            raise VLLMError(f"engine.args.{name} is set by this engine itself: leave it out")
+            raise EngineError(f"{section}.args.{name} is set by this engine itself: leave it out")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, known - own.keys(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise VLLMError(f"vLLM's engine has no argument {name!r}{hint}")
+            raise EngineError(f"{section}.args: vLLM's engine has no argument {name!r}{hint}")

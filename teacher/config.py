@@ -3,25 +3,9 @@ only."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 from pydantic import Field
 
-from services.config import Config, Resources
-
-
-class EngineConfig(Config):
-    """What computes the teacher's log-probs."""
-
-    kind: Literal["auto", "vllm", "transformers"] = "auto"
-    """`auto` is vLLM where there is a GPU and vLLM is installed, transformers elsewhere."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto` is bfloat16 on a GPU and float32 elsewhere."""
-    device: str = "auto"
-    """A torch device; `auto` is `cuda` where there is one, `cpu` elsewhere."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """More arguments for vLLM's engine, by the names of its `AsyncEngineArgs`, such as
-    `tensor_parallel_size`; the transformers engine takes none."""
+from services.config import Config, EngineConfig, Resources
 
 
 class TeacherConfig(Config):
@@ -30,6 +14,7 @@ class TeacherConfig(Config):
     model: str
     """A Hugging Face directory or hub name; also the name that requests call the model by."""
     engine: EngineConfig = EngineConfig()
+    """What computes the log-probs."""
     replicas: int = Field(default=1, ge=1)
     """Copies of the model; Ray Serve balances requests over them."""
     resources: Resources = Resources()

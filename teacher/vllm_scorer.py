@@ -6,14 +6,40 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from vllm.engine.arg_utils import AsyncEngineArgs
+
 from services import vllm_core
 from teacher.api import InvalidLogProbs, valid_logprobs
 from teacher.config import TeacherConfig
 from teacher.scorer import ScoringError
 
+SECTION = "teacher.engine"  # of a run's config, for messages
 # For the scored tokens of one forward vLLM keeps all of the vocabulary's log-probs in float32:
 # 2,048 tokens of a vocabulary of 150,000 are 1.2 GB.
 _CHUNK_TOKENS = 2048
+
+
+def engine_args(config: TeacherConfig, longest: int) -> AsyncEngineArgs:
+    """What vLLM scores with, sequences of up to `longest` tokens.
+
+    Raises:
+        services.engines.EngineError: an argument is unknown, taken or refused by vLLM.
+        services.models.ModelError: there is no such model.
+    """
+    return vllm_core.engine_args(
+        config.model,
+        config.engine,
+        SECTION,
+        fixed={
+            "max_model_len": longest + 1,  # and the token that is generated
+            # Cached blocks have no logits any more, so they could never be used.
+            "enable_prefix_caching": False,
+        },
+        defaults={
+            "max_num_batched_tokens": min(config.batch_tokens, _CHUNK_TOKENS),
+            "enable_chunked_prefill": True,
+        },
+    )
 
 
 class VLLMScorer:
@@ -25,26 +51,12 @@ class VLLMScorer:
         longest: tokens of the longest sequence that will be asked for.
 
     Raises:
-        services.vllm_core.VLLMError: vLLM does not start with these arguments.
+        services.engines.EngineError: vLLM does not start with these arguments.
         services.models.ModelError: there is no such model.
     """
 
     def __init__(self, config: TeacherConfig, longest: int) -> None:
-        self._running = vllm_core.start(
-            config.model,
-            dtype=config.engine.dtype,
-            device=config.engine.device,
-            fixed={
-                "max_model_len": longest + 1,  # and the token that is generated
-                # Cached blocks have no logits any more, so they could never be used.
-                "enable_prefix_caching": False,
-            },
-            defaults={
-                "max_num_batched_tokens": min(config.batch_tokens, _CHUNK_TOKENS),
-                "enable_chunked_prefill": True,
-            },
-            args=config.engine.args,
-        )
+        self._running = vllm_core.start(engine_args(config, longest), SECTION)
         self._llm = self._running.llm
 
     async def score(

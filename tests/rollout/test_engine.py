@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from rollout.config import RolloutConfig
-from rollout.engine import EngineError, build_engine
+from rollout.engine import build_engine
 from rollout.transformers_engine import TransformersEngine
+from services.engines import EngineError
 from services.models import ModelError
 from services.trajectory import Sampling
 from tests.builders import tiny_model
@@ -38,7 +39,7 @@ def test_arguments_that_would_be_ignored_are_refused(student: Path) -> None:
 def test_vllm_that_is_not_installed_says_what_to_install(
     student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rollout.engine.find_spec", lambda name: None)
+    monkeypatch.setattr("services.engines.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="not installed: install the extra 'vllm'"):
         build_engine(config(kind="vllm"), str(student))
 

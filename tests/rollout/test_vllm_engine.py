@@ -14,7 +14,8 @@ import pytest_asyncio
 import torch
 
 from rollout.config import RolloutConfig
-from rollout.engine import Completion, Engine, EngineError, WeightsMismatch, build_engine
+from rollout.engine import Completion, Engine, WeightsMismatch, build_engine
+from services.engines import EngineError
 from services.models import probe_tokens
 from services.stage import BadItem, Unavailable
 from services.trajectory import Sampling

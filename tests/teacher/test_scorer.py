@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from services.engines import EngineError
 from services.models import ModelError, fingerprint
 from teacher.config import TeacherConfig
 from teacher.packed_scorer import PackedScorer
-from teacher.scorer import EngineError, build_scorer, model_card
+from teacher.scorer import build_scorer, model_card
 from tests.teacher.conftest import CONTEXT, VOCABULARY
 
 
@@ -26,7 +27,7 @@ def test_on_a_cpu_transformers_scores(model_dir: Path, kind: str) -> None:
 def test_vllm_that_is_not_installed_says_what_to_install(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teacher.scorer.find_spec", lambda name: None)
+    monkeypatch.setattr("services.engines.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="not installed: install the extra 'vllm'"):
         build_scorer(_config(model_dir, engine={"kind": "vllm"}))
 

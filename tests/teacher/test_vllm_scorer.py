@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from services.engines import EngineError
 from teacher.config import TeacherConfig
-from teacher.scorer import EngineError, Scorer, ScoringError, build_scorer
+from teacher.scorer import Scorer, ScoringError, build_scorer
 from tests.teacher.conftest import Reference
 from tests.vllm_models import CONTEXT, save_vllm_model, vllm_model
 
