@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from deploy.config import ConfigError, load
 from services.redis_server import EmbeddedRedis, answers, connect, resolve_url
+from services.stage import QUIET_S
 from services.streams import Ledger, Streams
 
 
@@ -33,7 +34,7 @@ async def open_streams(run_dir: Path) -> AsyncIterator[Streams]:
         server = EmbeddedRedis(run_dir / "redis")
         server.start()
         url = server.url
-    client = connect(url, retries=1)
+    client = connect(url, patience_s=1.0)
     try:
         yield Streams(client, config.name)
     finally:
@@ -74,8 +75,9 @@ def render(status: dict[str, Any]) -> str:
         lines.append(f"  {name:<9} {stream['depth']:>6}  oldest {stream['age_s']:.1f} s")
     for name, report in sorted(status["workers"].items()):
         quiet = status["as_of"] - report["at"]
-        if quiet < 60:
-            lines.append(f"  {name}: {report['done']} done, {report['active']} in work")
+        if quiet < QUIET_S:
+            details = "".join(f", {value:g} {what}" for what, value in report["details"].items())
+            lines.append(f"  {name}: {report['done']} done, {report['active']} in work{details}")
             if report["waiting_for"]:
                 waited = status["as_of"] - report["waiting_since"]
                 lines.append(f"    waiting for {waited:.0f} s: {report['waiting_for']}")

@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+import uuid
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from services.config import StageConfig
 from services.redis_server import connect
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 Process: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 
 EVAL = "eval"  # the lane of evaluation prompts
+QUIET_S = 60.0  # a worker that has not reported for this long is taken for gone
 _BLOCK_MS = 1_000  # how long a read waits; also how soon a stop is noticed
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.2, 15.0
 
@@ -46,7 +50,19 @@ class Connection:
 
     def streams(self, lane: str = "") -> Streams:
         """A client of one lane, with a connection of its own."""
-        return Streams(connect(self.redis_url), self.run, lane)
+        client = connect(self.redis_url, patience_s=self.config.patience_s)
+        return Streams(client, self.run, lane)
+
+
+def new_consumer(worker: str) -> str:
+    """A name in Redis for a worker that starts: never that of the one it replaces, which may
+    still be running."""
+    return f"{worker}-{uuid.uuid4().hex[:8]}"
+
+
+def consumers_of(worker: str) -> re.Pattern[str]:
+    """Matches every name that `new_consumer` ever gave to this worker."""
+    return re.compile(re.escape(worker) + "-[0-9a-f]{8}")
 
 
 class BadItem(ValueError):
@@ -72,6 +88,8 @@ class Stage:
         source, target: the streams it moves items between.
         process: one item's wire form in, the result's wire form out.
         capacity: how many items are worked on at once.
+        details: what else this stage can say of itself, in numbers, for `scope status` and the
+            metrics.
     """
 
     name: str
@@ -83,6 +101,7 @@ class Stage:
     capacity: int
     config: StageConfig
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    details: Callable[[], dict[str, float]] = dict
     _active: set[asyncio.Task[None]] = field(default_factory=set)
     _working: dict[Claim, asyncio.Task[bytes]] = field(default_factory=dict)
     _done: int = 0
@@ -218,7 +237,19 @@ class Stage:
             "lost": self._lost,
             "waiting_for": self._waiting_for,
             "waiting_since": self._waiting_since,
+            "details": self.details(),
         }
+
+
+def totals(reports: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The details of all workers that reported in the last minute, added up, as metrics:
+    `<stage>/<detail>`."""
+    found: defaultdict[str, float] = defaultdict(float)
+    for report in reports:
+        if time.time() - report["at"] < QUIET_S:
+            for name, value in report["details"].items():
+                found[f"{report['stage']}/{name}"] += value
+    return dict(found)
 
 
 def _trace(error: BaseException) -> str:

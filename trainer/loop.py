@@ -28,7 +28,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, ge
 from ray.train.torch import TorchTrainer, get_device
 
 from services.models import load_model, load_tokenizer
-from services.stage import Connection
+from services.stage import Connection, totals
 from services.trajectory import ScoredGroup, decode
 from trainer import checkpoint
 from trainer.batch import Batch
@@ -194,6 +194,7 @@ class _Leader:
         depths = {f"queue/{name}": float(depth) for name, depth in ledger.depth.items()}
         record = {"step": self._learner.step_number, "time": time.time()} | metrics | depths
         record["queue/dead"] = float(ledger.dead)
+        record |= totals((await streams.reports()).values())
         await streams.redis.xadd(streams.key("metrics"), {"record": json.dumps(record)})
 
 
@@ -252,7 +253,9 @@ def trainer(config: LoopConfig) -> Any:
             num_workers=config.trainer.ranks,
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus}
-            | ({"GPU": resources.gpus} if resources.gpus else {}),
+            | ({"GPU": resources.gpus} if resources.gpus else {})
+            | resources.custom,
+            placement_strategy="PACK",  # gradients are exchanged every step: the fewest nodes
         ),
         run_config=RunConfig(
             name="learner",
