@@ -26,6 +26,8 @@ import asyncio
 import json
 import re
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Any, Self, TypeAlias
@@ -39,6 +41,8 @@ from verifier.inside import decode, encode
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 _PYTHON = frozenset({"", "py", "python", "python3"})
 _REASON_CHARS = 200
+_QUICK_S = 2.0  # on the clock; what takes longer leaves its place to others
+_PROGRAMS_PER_SLOW = 4
 
 
 class BadReference(ValueError):
@@ -82,8 +86,9 @@ class CodeJudge:
     def __init__(self, sandbox: Bubblewrap, config: CodeConfig, cached_verdicts: int) -> None:
         self._sandbox = sandbox
         self._cache = VerdictCache(cached_verdicts)
-        self._waiting = 0
+        self._waiting = self._slow_programs = 0
         self._free = asyncio.Semaphore(config.programs)
+        self._apart = asyncio.Semaphore(-(-config.programs // _PROGRAMS_PER_SLOW))
         self._limits = Limits(
             time_s=config.time_s,
             memory_bytes=config.memory_mb << 20,
@@ -116,15 +121,8 @@ class CodeJudge:
             return Verdict("incorrect", "no program found")
         verdict = self._cache.get(source, reference)
         if verdict is None:
-            self._waiting += 1
-            try:
-                await self._free.acquire()
-            finally:
-                self._waiting -= 1
-            try:
+            async with self._place():
                 verdict = await self._run(source, tests, limits)
-            finally:
-                self._free.release()
             self._cache.put(verdict, source, reference)
         return verdict
 
@@ -132,6 +130,37 @@ class CodeJudge:
     def waiting(self) -> int:
         """How many programs wait for a sandbox."""
         return self._waiting
+
+    @property
+    def slow(self) -> int:
+        """How many programs run apart from the others, because they take long."""
+        return self._slow_programs
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """A place for one program. One that takes long gives it back, and goes on in a place for
+        the slow as soon as one is free, so that slow ones never fill all places."""
+        self._waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._waiting -= 1
+        moving = asyncio.create_task(self._move_apart())
+        try:
+            yield
+        finally:
+            if moving.done():
+                self._slow_programs -= 1
+                self._apart.release()
+            else:
+                moving.cancel()
+                self._free.release()
+
+    async def _move_apart(self) -> None:
+        await asyncio.sleep(_QUICK_S)
+        await self._apart.acquire()
+        self._slow_programs += 1
+        self._free.release()
 
     async def _run(self, source: str, tests: Tests, limits: Limits) -> Verdict:
         try:

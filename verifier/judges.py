@@ -55,10 +55,15 @@ class Judges:
     ) -> None:
         await self._resources.aclose()
 
-    @property
-    def waiting(self) -> int:
-        """How many completions wait for a judge or a sandbox."""
-        return sum(judge.waiting for judge in (self._pool, self._code) if judge is not None)
+    def queue(self) -> dict[str, float]:
+        """How many completions wait for a judge or a sandbox, how many slow ones are kept apart
+        from the others, and how many judges had to be replaced so far."""
+        used = [judge for judge in (self._pool, self._code) if judge is not None]
+        return {
+            "waiting": sum(judge.waiting for judge in used),
+            "slow": sum(judge.slow for judge in used),
+            "replaced": self._pool.replaced if self._pool is not None else 0,
+        }
 
     async def judge(self, data_source: str, completion: str, reference: str) -> Verdict:
         """The verdict on one completion, by the kind of its data source.

@@ -86,7 +86,7 @@ class JudgePool:
         self._deadline_s = deadline_s
         self._answer_from: AnswerFrom = answer_from
         self._cache = VerdictCache(cached_verdicts)
-        self._waiting = 0
+        self._waiting = self._slow_jobs = self._replaced = 0
         self._setup = Setup(os.getpid(), memory_mb, tuple(sorted(kinds)), answer_marker)
         self._judges: list[_Judge] = []
         self._quick: asyncio.Queue[_Judge] = asyncio.Queue()
@@ -107,6 +107,16 @@ class JudgePool:
     def waiting(self) -> int:
         """How many jobs wait for a judge."""
         return self._waiting
+
+    @property
+    def slow(self) -> int:
+        """How many jobs have their second try, apart from the others."""
+        return self._slow_jobs
+
+    @property
+    def replaced(self) -> int:
+        """How many judges were killed or died since the start, at work on a job."""
+        return self._replaced
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as resources:
@@ -148,22 +158,31 @@ class JudgePool:
         return verdict
 
     async def _ask(self, job: bytes) -> Verdict:
-        reason = ""
-        quick = min(_QUICK_S, self._deadline_s)
-        for idle, deadline_s in ((self._quick, quick), (self._slow, self._deadline_s)):
-            self._waiting += 1
-            try:
-                judge = await idle.get()
-            finally:
-                self._waiting -= 1
-            try:
-                return await judge.ask(job, deadline_s)
-            except JudgeFault as fault:
-                reason = str(fault)
-                log.warning("a judge is replaced: it %s", reason)
-            finally:
-                idle.put_nowait(judge)
-        return Verdict("unknown", f"the judge {reason}")
+        try:
+            return await self._try(job, self._quick, min(_QUICK_S, self._deadline_s))
+        except JudgeFault:
+            self._slow_jobs += 1
+        try:
+            return await self._try(job, self._slow, self._deadline_s)
+        except JudgeFault as fault:
+            return Verdict("unknown", f"the judge {fault}")
+        finally:
+            self._slow_jobs -= 1
+
+    async def _try(self, job: bytes, idle: asyncio.Queue[_Judge], deadline_s: float) -> Verdict:
+        self._waiting += 1
+        try:
+            judge = await idle.get()
+        finally:
+            self._waiting -= 1
+        try:
+            return await judge.ask(job, deadline_s)
+        except JudgeFault as fault:
+            self._replaced += 1
+            log.warning("a judge is replaced: it %s", fault)
+            raise
+        finally:
+            idle.put_nowait(judge)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,9 @@ rollouts ──▶ decode ─▶ judge every trajectory, in the sandbox ─▶ e
 from __future__ import annotations
 
 import asyncio
-import uuid
 from contextlib import AsyncExitStack
 
-from services.stage import EVAL, Connection, Stage
+from services.stage import EVAL, Connection, Stage, new_consumer
 from services.trajectory import RolloutGroup, Trajectory, Verdict, VerifiedGroup, decode, encode
 from verifier.config import VerifierConfig
 from verifier.judges import Judges
@@ -50,7 +49,7 @@ class VerifierWorker:
             await Stage(
                 name="verifier",
                 # Never the name of a worker before: what that one held must go stale, not be ours.
-                consumer=f"{self._name}-{uuid.uuid4().hex[:8]}",
+                consumer=new_consumer(self._name),
                 lanes=lanes,
                 source="rollouts",
                 target="verified",
@@ -58,6 +57,7 @@ class VerifierWorker:
                 capacity=config.capacity,
                 config=self._connection.config,
                 stopping=self._stopping,
+                details=judges.queue,
             ).run()
 
     async def stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from services.trajectory import Verdict
+from verifier import code_tests
 from verifier.bubblewrap import SandboxRefused
 from verifier.code_tests import CodeJudge, program, same_output, same_value
 from verifier.config import CodeConfig
@@ -180,6 +182,25 @@ async def test_outputs(printed: str, expected: str, same: bool) -> None:
 )
 async def test_values(value: object, expected: object, same: bool) -> None:
     assert same_value(value, expected) is same
+
+
+async def test_slow_programs_do_not_take_all_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_tests, "_QUICK_S", 0.2)
+    judge = await CodeJudge.start(CONFIG)
+    case = '{"inputs": [""], "outputs": ["1"]}'
+    forever = "import time\ntime.sleep(3600)"
+    slow = [asyncio.create_task(judge.judge(forever, case)) for _ in range(2)]
+    async with asyncio.timeout(5):
+        while (judge.slow, judge.waiting) != (1, 0):  # the first one moved, and let the second in
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(judge.judge("print(1)", case))
+        while judge.waiting != 1:  # there is one place for the slow, and it is taken
+            await asyncio.sleep(0.01)
+        slow[0].cancel()
+        assert (await waiting).outcome == "correct"
+        slow[1].cancel()
+        await asyncio.wait(slow)
+    assert (judge.slow, judge.waiting) == (0, 0)
 
 
 async def test_what_is_not_supported_is_refused_and_nothing_weaker_used() -> None:

@@ -44,7 +44,7 @@ async def test_every_data_source_has_its_own_judge(
             await judges.judge("mirror", "abc", "cba"),
             await judges.judge("mirror", "abc", "abc"),
         ]
-        assert judges.waiting == 0
+        assert judges.queue() == {"waiting": 0, "slow": 0, "replaced": 0}
     assert [verdict.outcome for verdict in found] == [*["correct"] * 5, "incorrect"]
 
 

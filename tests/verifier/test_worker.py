@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
 
-from services.stage import EVAL, Connection
+from deploy.status import render, summary
+from services.stage import EVAL, Connection, totals
 from services.streams import Ledger, Streams, claim
 from services.trajectory import (
     Finish,
@@ -149,6 +151,28 @@ async def test_a_bomb_is_unknown_and_the_rest_of_its_group_is_judged(
     bomb, right = (await verified(streams))[0].verdicts
     assert bomb == Verdict("unknown", "the judge took longer than 0.5 s")
     assert right.outcome == "correct"
+
+
+@pytest.mark.slow
+async def test_the_queue_and_the_slow_show_in_the_status_and_the_metrics(
+    connection: Connection, streams: Streams
+) -> None:
+    bombs = [rf"\boxed{{{i}^{{9^{{9^{{9}}}}}}}}" for i in (7, 8, 9)]  # for one judge
+    await put(streams, [encode(group(0, bombs, "5"))])
+    await connection.streams(EVAL).create()
+    config = VerifierConfig(kind="math", deadline_s=WAIT_S)
+    work = asyncio.create_task(VerifierWorker(connection, config, "verifier-0").run())
+    metrics: dict[str, float] = {}
+    async with asyncio.timeout(WAIT_S):
+        while not metrics.get("verifier/slow"):
+            await asyncio.sleep(0.05)
+            reports = await streams.reports()
+            metrics = totals(reports.values())
+    work.cancel()
+    await asyncio.wait({work})
+    assert metrics == {"verifier/waiting": 1, "verifier/slow": 1, "verifier/replaced": 1}
+    status = {**summary(await streams.ledger()), "workers": reports, "as_of": time.time()}
+    assert "0 done, 1 in work, 1 waiting, 1 slow, 1 replaced" in render({**status, "live": True})
 
 
 async def test_evaluation_prompts_stay_in_their_lane(
