@@ -18,7 +18,6 @@ import platform
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,32 +25,70 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from services.config import StageConfig
 from services.redis_server import EmbeddedRedis, connect
-from services.streams import GROUP, STREAMS, Streams, claim
+from services.stage import Connection, Stage
+from services.streams import GROUP, STREAMS, claim
 
 SIZES = {"16 KB": 16 << 10, "256 KB": 256 << 10, "1 MB": 1 << 20}
 WORKERS = (1, 4, 16)
+CAPACITY = 16  # groups in flight in one worker
+FEED = 64  # groups that are fed and settled at once
 
 
-async def ours(url: str, payload: bytes, deadline: float) -> int:
-    """Moves groups through the pipeline until `deadline`; returns how many came out."""
-    streams = Streams(connect(url), f"bench-{uuid.uuid4()}")
+async def ours(url: str, payload: bytes, workers: int, seconds: float) -> float:
+    """Groups per second through the pipeline: `workers` workers in each of its three stages,
+    fed and settled as the feeder and the learner do it. A stage's work is to return its input."""
+    connection = Connection(url, f"bench-{uuid.uuid4()}", StageConfig())
+    streams = connection.streams()
     await streams.create()
-    done = 0
-    while time.perf_counter() < deadline:
-        await streams.feed([payload], expected_fed=done, max_in_flight=10**9)
-        for source, target in pairwise(STREAMS):
-            (item,) = await claim([streams], source, "w", count=1, block_ms=1000)
-            await streams.hand_off(item, target, payload)
-        (item,) = await claim([streams], "scored", "w", count=1, block_ms=1000)
-        await streams.settle("scored", [item.id])
-        done += 1
-    await streams.redis.aclose()
-    return done
+    stages = [
+        Stage(
+            name=source,
+            consumer=f"{source}-{number}",
+            lanes=[connection.streams()],
+            source=source,
+            target=target,
+            process=_unchanged,
+            capacity=CAPACITY,
+            config=connection.config,
+        )
+        for source, target in pairwise(STREAMS)
+        for number in range(workers)
+    ]
+    running = [asyncio.create_task(stage.run()) for stage in stages]
+    started = time.perf_counter()
+    done = fed = 0
+    while time.perf_counter() < started + seconds:
+        _, fed = await streams.feed(
+            [payload] * FEED, expected_fed=fed, max_in_flight=workers * CAPACITY
+        )
+        items = await claim([streams], "scored", "learner", count=FEED, block_ms=1000)
+        done += await streams.settle("scored", [item.id for item in items])
+        await streams.advance(consumed=done, step=0)
+    elapsed = time.perf_counter() - started
+    for stage in stages:
+        stage.stopping.set()
+    await asyncio.gather(*running)
+    for client in [streams, *(lane for stage in stages for lane in stage.lanes)]:
+        await client.redis.aclose()
+    return done / elapsed
 
 
-async def bare(url: str, payload: bytes, deadline: float) -> int:
-    """The same four hops with plain commands."""
+async def _unchanged(payload: bytes) -> bytes:
+    return payload
+
+
+async def bare(url: str, payload: bytes, workers: int, seconds: float) -> float:
+    """Groups per second of `workers` workers that each move one group at a time."""
+    started = time.perf_counter()
+    counts = await asyncio.gather(
+        *[_bare_worker(url, payload, started + seconds) for _ in range(workers)]
+    )
+    return sum(counts) / (time.perf_counter() - started)
+
+
+async def _bare_worker(url: str, payload: bytes, deadline: float) -> int:
     redis: Any = connect(url)
     keys = [f"bench-{uuid.uuid4()}" for _ in STREAMS]
     for key in keys:
@@ -69,19 +106,6 @@ async def bare(url: str, payload: bytes, deadline: float) -> int:
     return done
 
 
-async def rate(
-    work: Callable[[str, bytes, float], Awaitable[int]],
-    url: str,
-    payload: bytes,
-    workers: int,
-    seconds: float,
-) -> float:
-    """Groups per second of `workers` concurrent workers."""
-    started = time.perf_counter()
-    counts = await asyncio.gather(*[work(url, payload, started + seconds) for _ in range(workers)])
-    return sum(counts) / (time.perf_counter() - started)
-
-
 def rows(seconds: float) -> list[dict[str, object]]:
     """Every size and number of workers, both sides in turn on one server."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
@@ -92,8 +116,8 @@ def rows(seconds: float) -> list[dict[str, object]]:
                 server = EmbeddedRedis(Path(directory))
                 server.start()
                 payload = os.urandom(size)
-                peer = asyncio.run(rate(bare, server.url, payload, workers, seconds))
-                own = asyncio.run(rate(ours, server.url, payload, workers, seconds))
+                peer = asyncio.run(bare(server.url, payload, workers, seconds))
+                own = asyncio.run(ours(server.url, payload, workers, seconds))
                 server.stop()
             made.append(
                 {"name": f"{name}, {workers} workers", "ours": round(own, 1),

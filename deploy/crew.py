@@ -58,24 +58,30 @@ class Crew:
         self._workers.append(worker)
         _start(worker)
 
-    def revive(self) -> None:
+    def revive(self) -> list[str]:
         """Looks after every worker; to be called again and again.
+
+        Returns:
+            names of the workers that were found dead in this call.
 
         Raises:
             WorkerFailed: one failed by itself, or died too often.
         """
         now = time.monotonic()
+        dead = []
         for worker in self._workers:
             if worker.due is not None:
                 if now >= worker.due:
                     worker.due = None
                     _start(worker)
             elif worker.task is not None and worker.task.done():
-                self._judge(worker, worker.task.exception(), now)
+                error = worker.task.exception()
+                if error is not None:  # else it was asked to stop
+                    self._judge(worker, error, now)
+                    dead.append(worker.name)
+        return dead
 
-    def _judge(self, worker: _Worker, error: BaseException | None, now: float) -> None:
-        if error is None:
-            return  # it was asked to stop
+    def _judge(self, worker: _Worker, error: BaseException, now: float) -> None:
         if isinstance(error, RayTaskError) and not isinstance(error.cause, EngineDied):
             raise WorkerFailed(f"{worker.name} stopped: {error.cause or error}") from error
         if not isinstance(error, RayActorError | RayTaskError):
@@ -100,7 +106,14 @@ class Crew:
 def _actor(cls: type[Any], resources: Resources, name: str, *args: Any) -> Any:
     return (
         ray.remote(cls)
-        .options(num_cpus=resources.cpus, num_gpus=resources.gpus, name=name, max_restarts=0)
+        .options(
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            resources=resources.custom,
+            scheduling_strategy="SPREAD",
+            name=name,
+            max_restarts=0,
+        )
         .remote(*args, name)
     )
 

@@ -39,15 +39,16 @@ from rollout.worker import RolloutWorker
 from services.config import Resources
 from services.metrics import Recorder
 from services.redis_server import EmbeddedRedis, resolve_url
-from services.stage import EVAL, Connection
+from services.stage import EVAL, Connection, consumers_of
 from services.streams import Ledger, Streams
 from services.weight_store import StoreFeed, start_store
 from teacher.serve import deploy_teacher
 from teacher.worker import TeacherWorker
 from trainer.checkpoint import latest
-from trainer.loop import LoopConfig, trainer
+from trainer.loop import LoopConfig, checkpoints_of, trainer
 from trainer.objectives import objective
 from trainer.reader import describe
+from trainer.storage import Storage
 from verifier.worker import VerifierWorker
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,10 @@ class Run:
 
     # ---------------------------------------------------------------------------- starting
 
+    @property
+    def _checkpoints(self) -> Storage:
+        return checkpoints_of(self.config.trainer.checkpoint, self.directory)
+
     def _start_redis(self, stack: AsyncExitStack) -> Connection:
         url = resolve_url(self.config.redis)
         if url is None:
@@ -155,12 +160,17 @@ class Run:
                 f"this Redis already holds a run named {self.config.name!r}: give the new one "
                 f"another name (name=…), or resume that one"
             )
-        found = latest(self.directory / "checkpoints")
+        found = latest(self._checkpoints)
+        if found is not None and not self.resumed:
+            raise RunFailed(
+                f"{found} is of another run named {self.config.name!r}: give the new one another "
+                f"name (name=…), or resume that one"
+            )
         mended = await restore(
             streams, found.progress if found else None, self.preflight.train.prompt
         )
         if found is not None:
-            self.console.say(f"continuing from {found.path}")
+            self.console.say(f"continuing from {found}")
         if mended.fed_again or mended.taken_out:
             self.console.say(
                 f"Redis and the checkpoint differed: {mended.fed_again} prompts are fed again, "
@@ -231,10 +241,13 @@ class Run:
     ) -> None:
         """Until cancelled: restarts dead workers, records metrics, and raises what ends a run."""
         last_step, last_progress = -1, time.monotonic()
+        evaluation = Streams(streams.redis, streams.run, EVAL)
         try:
             while True:
                 await asyncio.sleep(_WATCH_S)
-                crew.revive()
+                for dead in crew.revive():
+                    for lane in (streams, evaluation):
+                        await lane.abandon(consumers_of(dead))
                 await self._record(streams, recorder)
                 ledger = await self._snapshot(streams)
                 self.console.progress(ledger, self.preflight.total_groups)
@@ -301,7 +314,7 @@ class Run:
         source, config = self.preflight.heldout, self.config.evaluation
         if source is None or config is None:
             return
-        if label == "before" and latest(self.directory / "checkpoints"):
+        if label == "before" and latest(self._checkpoints):
             # A resumed run began where it first began, and those weights are gone.
             if known := Result.read(self.directory, label):
                 self.evaluations[label] = known

@@ -11,6 +11,7 @@ which prompts it has learned from; that is the surviving history, and the rest f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,7 @@ async def restore(
     stream, or the dead.
     """
     await streams.create()
+    await streams.abandon(re.compile(".*"))  # whoever worked on it is gone
     if progress is not None:
         await streams.settle("scored", progress.entries)
     covered = set(progress.orders) if progress is not None else set()

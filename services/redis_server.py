@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import logging
 import os
 import secrets
 import shutil
@@ -10,7 +12,10 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import redis as redis_sync
@@ -21,6 +26,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.config import RedisConfig
+
+log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0  # an append-only file of some gigabytes takes a while to load
 _PR_SET_PDEATHSIG = 1
@@ -131,17 +138,75 @@ def resolve_url(config: RedisConfig) -> str | None:
     return f"{scheme}://{quote(config.username or '')}:{quote(password)}@{rest}"
 
 
-def connect(url: str, *, retries: int = 8) -> Redis:
+def connect(url: str, *, patience_s: float = 30.0) -> Redis:
     """An asyncio client that rides out a restart of the server: every command is retried with
-    exponential back-off (about 30 s in all), which is safe because every script is idempotent."""
+    exponential back-off for `patience_s`, which is safe because every script is idempotent.
+
+    Its commands raise redis-py's ConnectionError or TimeoutError once the patience is over.
+    """
     return Redis.from_url(
         url,
-        retry=Retry(ExponentialBackoff(cap=8.0, base=0.1), retries),
-        retry_on_error=[RedisConnectionError, RedisTimeoutError],
+        retry=_Patience(patience_s),
         socket_connect_timeout=5.0,
         socket_timeout=30.0,  # longer than any blocking read
         health_check_interval=30,
     )
+
+
+_T = TypeVar("_T")
+_retrying: ContextVar[bool] = ContextVar("retrying", default=False)
+
+
+class _Patience(Retry):
+    """Retries by the clock rather than by count, and says so once a minute.
+
+    redis-py nests one retry loop in another (a command's, and the reconnection's in it), which
+    would multiply the patience: only the outermost one retries here.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        super().__init__(ExponentialBackoff(cap=8.0, base=0.05), retries=-1)
+        self._patience_s = patience_s
+
+    async def call_with_retry(
+        self,
+        do: Callable[[], Awaitable[_T]],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> _T:
+        if _retrying.get():
+            return await do()
+        token = _retrying.set(True)
+        try:
+            return await self._outermost(do, fail, is_retryable, with_failure_count)
+        finally:
+            _retrying.reset(token)
+
+    async def _outermost(
+        self,
+        do: Callable[[], Awaitable[_T]],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None,
+        with_failure_count: bool,
+    ) -> _T:
+        first_failure, next_warning, failures = None, 5.0, 0
+        while True:
+            try:
+                return await do()
+            except (RedisConnectionError, RedisTimeoutError) as error:
+                if is_retryable is not None and not is_retryable(error):
+                    raise
+                failures += 1
+                await (fail(error, failures) if with_failure_count else fail(error))
+                first_failure = first_failure or time.monotonic()
+                waited = time.monotonic() - first_failure
+                if waited > self._patience_s:
+                    raise type(error)(f"no answer for {waited:.0f} s: {error}") from error
+                if waited > next_warning:
+                    next_warning = waited + 60
+                    log.warning("waiting for Redis, for %.0f s: %s", waited, error)
+                await asyncio.sleep(self._backoff.compute(failures))
 
 
 def answers(url: str) -> bool:

@@ -15,17 +15,23 @@ and later, and Valkey.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 StreamName: TypeAlias = Literal["prompts", "rollouts", "verified", "scored"]
 STREAMS: tuple[StreamName, ...] = ("prompts", "rollouts", "verified", "scored")
 
+WORK: tuple[StreamName, ...] = ("prompts", "rollouts", "verified")  # read by stage workers
+
+_LONG_IDLE_MS = 10**9  # past every lease
 GROUP = "stage"  # one consumer group a stream: each item goes to one worker of the next stage
 
 # Every script touches only keys passed in KEYS, so that it also runs on a Redis Cluster.
@@ -40,12 +46,18 @@ for i = 1, count do redis.call('XADD', KEYS[2], '*', 'item', ARGV[2 + i]) end
 return {count, redis.call('HINCRBY', KEYS[1], 'fed', count)}
 """
 _HAND_OFF = """
--- KEYS in, out, failures; ARGV group, id, payload
-if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
-redis.call('XADD', KEYS[2], '*', 'item', ARGV[3])
-redis.call('XDEL', KEYS[1], ARGV[2])
-redis.call('HDEL', KEYS[3], ARGV[2])
-return 1
+-- KEYS in, out, failures; ARGV group, (id, payload)...  Returns 1 for each that was still ours.
+local moved = {}
+for i = 2, #ARGV, 2 do
+  local ours = redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
+  if ours == 1 then
+    redis.call('XADD', KEYS[2], '*', 'item', ARGV[i + 1])
+    redis.call('XDEL', KEYS[1], ARGV[i])
+    redis.call('HDEL', KEYS[3], ARGV[i])
+  end
+  moved[#moved + 1] = ours
+end
+return moved
 """
 _BURY = """
 -- KEYS in, dead, failures; ARGV group, id, stream, reason, detail
@@ -99,6 +111,15 @@ redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'IDLE', ARGV[4], 'JU
 redis.call('HSET', KEYS[2], ARGV[3], ARGV[5])
 return 1
 """
+_ABANDON = """
+-- KEYS in; ARGV group, consumer, idle_ms  Frees all that a dead consumer held, and forgets it.
+local held = redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1000000, ARGV[2])
+for _, entry in ipairs(held) do
+  redis.call('XCLAIM', KEYS[1], ARGV[1], 'nobody', 0, entry[1], 'IDLE', ARGV[3], 'JUSTID')
+end
+redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+return #held
+"""
 _TAKE_OVER = """
 -- KEYS in, failures; ARGV group, consumer, min_idle_ms, cursor, count
 local found = redis.call('XAUTOCLAIM', KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4],
@@ -136,6 +157,21 @@ class Claim:
     payload: bytes
     deliveries: int = 1
     last_failure: str = ""  # traceback of the delivery before, when that one failed
+
+
+_Item: TypeAlias = tuple[str, bytes, "asyncio.Future[bool]"]
+
+
+@dataclass
+class _Leaving:
+    """Hand-offs from one stream to another that wait for their turn on the wire."""
+
+    items: list[_Item] = field(default_factory=list)
+    on_the_wire: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def take(self) -> list[_Item]:
+        taken, self.items = self.items, []
+        return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +224,11 @@ class Streams:
         self._settle = register(_SETTLE)
         self._renew = register(_RENEW)
         self._release = register(_RELEASE)
+        self._abandon = register(_ABANDON)
         self._take_over = register(_TAKE_OVER)
         self._restore = register(_RESTORE)
         self._discard = register(_DISCARD)
+        self._leaving: dict[tuple[StreamName, StreamName], _Leaving] = defaultdict(_Leaving)
 
     def key(self, name: str) -> str:
         return self._prefix + name
@@ -226,12 +264,36 @@ class Streams:
     # ------------------------------------------------------------------- a worker's side
 
     async def hand_off(self, claim: Claim, target: StreamName, payload: bytes) -> bool:
-        """Moves the item on in one atomic step; False if it was taken over meanwhile."""
-        moved = await self._hand_off(
-            keys=[self.key(claim.stream), self.key(target), self.key("failures")],
-            args=[GROUP, claim.id, payload],
-        )
-        return bool(moved)
+        """Moves the item on in one atomic step; False if it was taken over meanwhile.
+
+        Hand-offs that are asked for while one is on the wire go together in the next: one round
+        trip for all of them.
+        """
+        leaving = self._leaving[claim.stream, target]
+        moved: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        leaving.items.append((claim.id, payload, moved))
+        async with leaving.on_the_wire:
+            if not moved.done():
+                await self._hand_off_all(claim.stream, target, leaving.take())
+        return await moved
+
+    async def _hand_off_all(
+        self, stream: StreamName, target: StreamName, items: list[_Item]
+    ) -> None:
+        try:
+            moved = await self._hand_off(
+                keys=[self.key(stream), self.key(target), self.key("failures")],
+                args=[GROUP, *(part for id_, payload, _ in items for part in (id_, payload))],
+            )
+        except RedisError as error:
+            for _, _, future in items:
+                future.set_exception(error)
+        else:
+            for (_, _, future), ours in zip(items, moved, strict=True):
+                future.set_result(bool(ours))
+        finally:
+            for _, _, future in items:
+                future.cancel()  # only where this was cancelled itself
 
     async def bury(self, claim: Claim, reason: str, detail: str = "") -> bool:
         """Gives the item up: to `dead`, with the reason. False if it was taken over."""
@@ -252,9 +314,28 @@ class Streams:
         """Gives the item back after a failure, free to be taken over at once."""
         released = await self._release(
             keys=[self.key(claim.stream), self.key("failures")],
-            args=[GROUP, consumer, claim.id, 10**9, detail],
+            args=[GROUP, consumer, claim.id, _LONG_IDLE_MS, detail],
         )
         return bool(released)
+
+    async def abandon(self, dead: re.Pattern[str]) -> int:
+        """Frees what consumers whose names match `dead` held in the workers' streams, so that
+        others take it over at once rather than when its lease has run out. Each such item counts
+        as delivered once more. Returns how many there were."""
+        freed = 0
+        gone = [name for name in await self.reports() if dead.fullmatch(name)]
+        if gone:
+            await self.redis.hdel(self._workers, *gone)
+        for name in WORK:
+            found: Any = await self.redis.xinfo_consumers(self.key(name), GROUP)
+            for consumer in (entry["name"].decode() for entry in found):
+                if dead.fullmatch(consumer):
+                    freed += int(
+                        await self._abandon(
+                            keys=[self.key(name)], args=[GROUP, consumer, _LONG_IDLE_MS]
+                        )
+                    )
+        return freed
 
     async def take_over(
         self, stream: StreamName, consumer: str, *, lease_s: float, count: int

@@ -7,13 +7,12 @@ verified ──▶ only the trajectories that the objective needs ──REST─�
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from services.stage import Connection, Stage
+from services.stage import Connection, Stage, new_consumer
 from services.trajectory import Outcome, ScoredGroup, VerifiedGroup, decode, encode
 from teacher.client import TeacherClient
 from teacher.config import TeacherConfig
@@ -51,7 +50,7 @@ class TeacherWorker:
         expected_fingerprint: str | None,
         name: str,
     ) -> None:
-        self.consumer = f"{name}-{uuid.uuid4().hex[:8]}"
+        self.consumer = new_consumer(name)
         self._connection = connection
         self._config = config
         self._outcomes = _OUTCOMES[need]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+from services.stage import consumers_of
 from services.streams import Claim, Streams, claim
 
 LEASE_S = 0.05
@@ -147,3 +150,35 @@ async def test_every_key_is_in_one_cluster_slot(streams: Streams) -> None:
     assert keys
     tag = f"{{{streams.run}}}".encode()
     assert all(tag in key for key in keys)
+
+
+async def test_hand_offs_at_once_go_together_and_each_has_its_own_answer(streams: Streams) -> None:
+    await feed(streams, b"a", b"b", b"c", b"d")
+    items = await take(streams)
+    assert await streams.bury(items[1], "gone meanwhile")
+    calls_before = await _script_calls(streams)
+    moved = await asyncio.gather(
+        *[streams.hand_off(item, "rollouts", item.payload * 2) for item in items]
+    )
+    assert moved == [True, False, True, True]
+    assert await _script_calls(streams) - calls_before == 2  # the first, then the three that waited
+    out = await claim([streams], "rollouts", "w", count=9, block_ms=50)
+    assert sorted(item.payload for item in out) == [b"aa", b"cc", b"dd"]
+
+
+async def _script_calls(streams: Streams) -> int:
+    stats = await streams.redis.info("commandstats")
+    return int(stats["cmdstat_evalsha"]["calls"])
+
+
+async def test_what_a_dead_worker_held_is_free_at_once(streams: Streams) -> None:
+    await feed(streams, b"a", b"b", b"c")
+    mine, dead = "r-1-0123abcd", "r-11-0123abcd"
+    (kept,) = await take(streams, mine, count=1)
+    await take(streams, dead)
+    await streams.report(dead, {"stage": "r"})
+    assert await streams.abandon(consumers_of("r-11")) == 2
+    assert await streams.reports() == {}
+    taken = await streams.take_over("prompts", "heir", lease_s=3600, count=9)
+    assert [item.deliveries for item in taken] == [2, 2]
+    assert await streams.hand_off(kept, "rollouts", b"A")

@@ -4,6 +4,7 @@ and hand-offs on a real Redis, against the plainest model of where each item is.
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from typing import Any
 
@@ -84,6 +85,23 @@ class HandOff(RuleBasedStateMachine):
     def release(self, held: tuple[str, Claim]) -> None:
         worker, item = held
         self.run(self.streams.release(item, worker, "failed"))
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def abandon(self, worker: str) -> None:
+        """The driver saw the worker die. It may live on unseen, and use its claims."""
+        self.run(self.streams.abandon(re.compile(worker)))
+
+    @rule(first=consumes(claims), second=consumes(claims))
+    def hand_off_together(self, first: tuple[str, Claim], second: tuple[str, Claim]) -> None:
+        """Two that wait for the wire at once, perhaps with the same item."""
+        items = [item for _, item in (first, second) if item.stream in NEXT]
+
+        async def together() -> list[bool]:
+            moves = [self.streams.hand_off(i, NEXT[i.stream], i.payload) for i in items]
+            return await asyncio.gather(*moves)
+
+        for item, moved in zip(items, self.run(together()), strict=True):
+            self._expect(item, moved, NEXT[item.stream])
 
     @rule(held=consumes(claims))
     def hand_off(self, held: tuple[str, Claim]) -> None:
