@@ -40,7 +40,10 @@ class RayConfig(Config):
     """The Ray cluster that the run lives on."""
 
     address: str | None = None
-    """An existing cluster; None starts one on this machine."""
+    """An existing cluster (`auto` or host:port); None starts one on this machine."""
+    wait_for_nodes_s: float = Field(default=10.0, ge=0)
+    """How long a run waits for room on the cluster. Where an autoscaler brings the nodes, give it
+    the minutes that it needs."""
     num_cpus: int | None = None
     """Logical CPUs of a cluster started here; None takes what the machine has."""
     dashboard: bool = True
@@ -78,6 +81,17 @@ class RunConfig(Config):
                 "a run on an existing cluster needs redis.url: the private server can be "
                 "reached from this machine only"
             )
+        for room, engine, resources in (
+            ("rollout", self.rollout.engine, self.rollout.resources),
+            ("teacher", self.teacher.engine, self.teacher.resources),
+        ):
+            needed = engine.gpus
+            if 0 < resources.gpus < needed:
+                raise ValueError(
+                    f"{room}.engine.args ask for {needed} GPUs for one engine and "
+                    f"{room}.resources.gpus reserves {resources.gpus:g}: an engine's GPUs are "
+                    f"reserved together, on one node"
+                )
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,10 @@ class Resources(Config):
 
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
+    """Whole GPUs, or a fraction of one that it shares."""
+    custom: dict[str, float] = Field(default_factory=dict)
+    """Resources of your own that only some nodes declare, such as `rollout: 0.01`: they keep a
+    role on the nodes that are meant for it."""
 
 
 class EngineConfig(Config):
@@ -56,3 +61,9 @@ class EngineConfig(Config):
     args: dict[str, Any] = Field(default_factory=dict)
     """More arguments for vLLM's engine, by the names of its `AsyncEngineArgs`, such as
     `tensor_parallel_size`; the transformers engine takes none."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that one engine runs on, as `args` say."""
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+        return math.prod(int(self.args.get(size, 1)) for size in sizes)

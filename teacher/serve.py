@@ -81,6 +81,7 @@ def deploy_teacher(
         ray_actor_options={
             "num_cpus": config.resources.cpus,
             "num_gpus": config.resources.gpus,
+            "resources": config.resources.custom,
         },
     )
     # Not `serve.run`: its wait has no deadline.

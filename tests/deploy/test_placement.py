@@ -1,0 +1,110 @@
+"""Roles on a real Ray cluster of several nodes, whose GPUs exist in Ray's books only."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from deploy.config import ConfigError, load
+from deploy.placement import bundle, roles
+from services.config import Resources
+from tests.deploy.conftest import ROOT
+
+PAPER = ROOT / "deploy/runs/qwen3-1.7b.yaml"
+
+
+def test_the_learner_is_placed_first_and_packed() -> None:
+    found = roles(load(PAPER))
+    assert [(role.name, role.count, role.strategy) for role in found] == [
+        ("learner rank", 2, "PACK"),
+        ("teacher replica", 2, "SPREAD"),
+        ("rollout worker", 4, "SPREAD"),
+        ("verifier worker", 4, "SPREAD"),
+    ]
+    assert str(found[0]) == "2 × learner rank with 4 CPU and 1 GPU"
+
+
+def test_a_bundle_has_ray_s_names_and_no_zeros() -> None:
+    assert bundle(Resources(cpus=0, gpus=0.25, custom={"spot": 1})) == {"GPU": 0.25, "spot": 1}
+
+
+@pytest.mark.parametrize("room", ["rollout", "teacher"])
+def test_an_engine_of_several_gpus_reserves_all_of_them(room: str) -> None:
+    parallel = [f"{room}.engine.args.tensor_parallel_size=2"]
+    with pytest.raises(ConfigError, match=rf"{room}.engine.args ask for 2 GPUs .* reserves 1"):
+        load(PAPER, parallel)
+    assert load(PAPER, [*parallel, f"{room}.resources.gpus=2"])
+
+
+# In a process of its own: a process can be in one Ray cluster at a time, and the other tests' is
+# another.
+CLUSTER = """
+    import asyncio, sys, time
+    import ray
+    from ray.cluster_utils import Cluster
+    from deploy.placement import NoRoom, Role, wait_for_room
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
+    for _ in range(2):
+        cluster.add_node(num_cpus=4, num_gpus=4, resources={"gpu_node": 1})
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+
+    def refusal(*wanted, timeout_s=2):
+        try:
+            asyncio.run(wait_for_room(wanted, timeout_s=timeout_s, say=print))
+        except NoRoom as error:
+            return str(error)
+        raise AssertionError(f"there is room for {wanted}")
+
+    def fits(*wanted):
+        # What was just let go takes Ray about a second to hand out again.
+        asyncio.run(wait_for_room(wanted, timeout_s=30, say=print))
+
+    learner = Role("learner rank", 4, {"GPU": 1.0}, "PACK")
+    engine = Role("rollout worker", 1, {"GPU": 4.0})
+
+    # Packed on one node, the learner leaves a whole one for an engine of four GPUs.
+    fits(learner, engine)
+    # Spread, four single GPUs leave two on each node.
+    scattered = refusal(Role("teacher replica", 4, {"GPU": 1.0}), engine, timeout_s=6)
+    assert "no room for 1 × rollout worker with 4 GPU" in scattered, scattered
+    assert "the most GPU free on one node is 2" in scattered, scattered
+    assert "the cluster has 3 nodes" in scattered and "4 CPU and 4 GPU" in scattered, scattered
+    # Too much in all.
+    assert "2 GPU are missing" in refusal(Role("rollout worker", 10, {"GPU": 1.0}))
+    # Enough in all, nowhere enough at once.
+    odd = refusal(Role("rollout worker", 3, {"GPU": 2.5}))
+    assert "its nodes have room for 2" in odd, odd
+    # Four shares of each GPU.
+    fits(Role("rollout worker", 32, {"GPU": 0.25}))
+    # A role of only some nodes, and one of none.
+    fits(Role("rollout worker", 2, {"gpu_node": 1.0, "CPU": 4.0}))
+    assert "the most tpu free on one node is 0" in refusal(Role("x", 1, {"tpu": 1.0}))
+    # A node that joins in time ends the wait, which is told of meanwhile.
+    async def joins():
+        said = []
+        big = Role("learner rank", 3, {"GPU": 4.0}, "PACK")
+        wait = asyncio.create_task(wait_for_room([big], timeout_s=60, say=said.append))
+        while not said:
+            await asyncio.sleep(0.1)
+        cluster.add_node(num_cpus=1, num_gpus=4, wait=False)
+        await wait
+        return said
+    (said,) = asyncio.run(joins())
+    assert "room for 3 × learner rank with 4 GPU: 4 GPU are missing" in said, said
+    ray.shutdown()
+    cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_what_a_cluster_has_room_for_is_ray_s_own_answer(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CLUSTER)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
