@@ -36,7 +36,7 @@ PUBLISHED: list[tuple[str, dict[str, Any], str]] = [
     ("aime25", {"problem": "p", "answer": 70, "solution": "s", "url": "u", "year": "2025"}, "70"),
     ("amc23", {"id": 0, "problem": "p", "answer": 27.0, "url": "u"}, "27"),
     ("amc23", {"id": 0, "question": "p", "answer": "27", "url": "u"}, "27"),
-    ("math500", {"problem": "p", "solution": "s", "answer": r"\frac{1}{2}", "level": 3}, r"\frac{1}{2}"),
+    ("math500", {"problem": "p", "solution": "s", "answer": r"\frac{1}{2}"}, r"\frac{1}{2}"),
     ("minerva", {"problem": "p", "solution": r"so $\boxed{x^{2}+1}$.", "idx": 0}, "x^{2}+1"),
     ("minerva", {"question": "p", "answer": "1.6e-3"}, "1.6e-3"),
     ("olympiadbench", OLYMPIAD, "2, $-3$"),
