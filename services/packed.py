@@ -11,18 +11,60 @@ Axes: `T` tokens of the pack, `S` sequences, `H` hidden, `V` vocabulary, `C` sco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 ATTENTION = "scope_packed"
-CHUNK = 1024  # scored tokens whose logits exist at once
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of float32 logits that exist at once
+BUCKET_RATIO = 1.5  # longest to shortest of the sequences whose attention is computed in one batch
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Sequences of like length side by side, for attention without a variable-length kernel.
+    Padding stands on the right, where causality already hides it from every real token."""
+
+    places: tuple[Tensor, ...]  # [S_b, L_b] int64, place in the pack of each token of a bucket
+    real: tuple[Tensor, ...]  # [S_b, L_b] bool, False on padding
+    back: Tensor  # [T] int64, where each token of the pack is among the real ones, in turn
+
+    @staticmethod
+    def of(lengths: Sequence[int]) -> Buckets:
+        """Cuts the sorted lengths wherever one is `BUCKET_RATIO` times its bucket's first."""
+        sizes = np.asarray(lengths, np.int64)
+        starts = np.cumsum(sizes) - sizes
+        parts: list[list[int]] = []
+        for sequence in np.argsort(sizes, kind="stable").tolist():
+            if not parts or sizes[sequence] > BUCKET_RATIO * sizes[parts[-1][0]]:
+                parts.append([])
+            parts[-1].append(sequence)
+        columns = [np.arange(sizes[part].max()) for part in parts]
+        real = [c < sizes[part, None] for part, c in zip(parts, columns, strict=True)]
+        places = [
+            np.where(r, starts[part, None] + c, 0)
+            for part, c, r in zip(parts, columns, real, strict=True)
+        ]
+        turns = [p[r] for p, r in zip(places, real, strict=True)]
+        return Buckets(
+            places=tuple(torch.from_numpy(p) for p in places),
+            real=tuple(torch.from_numpy(r) for r in real),
+            back=torch.from_numpy(np.argsort(np.concatenate(turns or [np.empty(0, np.int64)]))),
+        )
+
+    def to(self, device: torch.device | str) -> Buckets:
+        """The same buckets on `device`."""
+        return Buckets(
+            places=tuple(_move(p, device) for p in self.places),
+            real=tuple(_move(r, device) for r in self.real),
+            back=_move(self.back, device),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +78,15 @@ class Pack:
     sources: Tensor  # [C] place in the pack of the token before each scored one
     targets: Tensor  # [C] the scored token ids
     lengths: tuple[int, ...]  # scored tokens of each sequence, sums to C
+    buckets: Buckets
 
     def to(self, device: torch.device | str) -> Pack:
-        """The same pack on `device`."""
+        """The same pack on `device`; the copy does not wait for what the device works on."""
         moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
+            name: _move(getattr(self, name), device)
             for name in ("token_ids", "position_ids", "cu_seqlens", "sources", "targets")
         }
-        return Pack(**moved, max_seqlen=self.max_seqlen, lengths=self.lengths)
+        return replace(self, **moved, buckets=self.buckets.to(device))
 
 
 def pack(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Pack:
@@ -55,24 +98,34 @@ def pack(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Pack:
     for ids, start in zip(sequences, starts, strict=True):
         if not 1 <= start <= len(ids):
             raise ValueError(f"cannot score from token {start} of a sequence of {len(ids)}")
-    lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int32)
-    cu_seqlens = F.pad(torch.cumsum(lengths, 0, dtype=torch.int32), (1, 0))
-    token_ids = torch.tensor([t for ids in sequences for t in ids], dtype=torch.int64)
-    positions = [torch.arange(len(ids)) for ids in sequences]
+    none = np.empty(0, np.int64)
+    lengths = np.array([len(ids) for ids in sequences], np.int64)
+    ends = np.cumsum(lengths)
+    token_ids = np.concatenate([none, *(np.asarray(ids, np.int64) for ids in sequences)])
     sources = [
-        torch.arange(int(offset) + start - 1, int(offset) + len(ids) - 1)
-        for offset, ids, start in zip(cu_seqlens, sequences, starts, strict=False)
+        np.arange(end - len(ids) + start - 1, end - 1)
+        for end, ids, start in zip(ends, sequences, starts, strict=True)
     ]
-    source = torch.cat(sources) if sources else torch.empty(0, dtype=torch.int64)
+    source = np.concatenate([none, *sources])
     return Pack(
-        token_ids=token_ids,
-        position_ids=torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64),
-        cu_seqlens=cu_seqlens,
-        max_seqlen=int(lengths.max()) if len(sequences) else 0,
-        sources=source,
-        targets=token_ids[source + 1],
+        token_ids=torch.from_numpy(token_ids),
+        position_ids=torch.from_numpy(
+            np.arange(len(token_ids)) - np.repeat(ends - lengths, lengths)
+        ),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        max_seqlen=int(lengths.max()) if len(lengths) else 0,
+        sources=torch.from_numpy(source),
+        targets=torch.from_numpy(token_ids[source + 1]),
         lengths=tuple(len(s) for s in sources),
+        buckets=Buckets.of(lengths.tolist()),
     )
+
+
+def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """To `device`; from page-locked memory where that lets the copy run beside the compute."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
@@ -102,37 +155,152 @@ def hidden_states(model: PreTrainedModel, pack: Pack) -> Tensor:
         use_cache=False,
         cu_seq_lens_q=pack.cu_seqlens,
         max_length_q=pack.max_seqlen,
+        buckets=pack.buckets,
     )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden[pack.sources]
 
 
 def token_logprobs(model: PreTrainedModel, pack: Pack, temperatures: Sequence[float]) -> Tensor:
-    """[len(temperatures), C] float32 log-probs of the scored tokens, one row a temperature.
-
-    Differentiable; the logits of at most `CHUNK` tokens exist at any time.
-    """
+    """[K, C] float32 log-probs of the scored tokens, one row a temperature. Differentiable."""
     hidden = hidden_states(model, pack)
+    head = output_head(model)
+    return linear_logprobs(hidden, head.weight, head.bias, pack.targets, temperatures).logprobs
+
+
+def output_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """The output matrix, which is used by itself, outside the model's forward.
+
+    Raises:
+        ValueError: the model's output is more than one matrix.
+    """
     head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    chunks = zip(torch.split(hidden, CHUNK), torch.split(pack.targets, CHUNK), strict=True)
-    if torch.is_grad_enabled() and len(pack.targets) > CHUNK:
-        rows = [
-            checkpoint(_chunk_logprobs, head, h, t, temperatures, use_reentrant=False)
-            for h, t in chunks
+    if not isinstance(head, torch.nn.Linear):
+        raise ValueError(f"an output layer of type {type(head).__name__} is not supported")
+    return head
+
+
+class LogProbs(NamedTuple):
+    """What `linear_logprobs` gives; all float32."""
+
+    logprobs: Tensor  # [K, C] of the targets, one row a temperature
+    entropy: Tensor  # [C] nats, of the distribution at the last temperature; has no gradient
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperatures: Sequence[float] = (1.0,),
+) -> LogProbs:
+    """Log-probs of `targets` under `softmax((hidden @ weight.T + bias) / temperature)`.
+
+    The logits exist for a chunk of `CHUNK_BYTES` at a time, in the forward and again in the
+    backward, which writes the gradient of the weight into one buffer. With autocast, matrix
+    products run in its precision; all else is float32.
+
+    Args:
+        hidden: [C, H]. weight: [V, H]. bias: [V] or None. targets: [C] int64.
+        temperatures: K of them.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    *rows, entropy = _LinearLogProbs.apply(hidden, weight, bias, targets, tuple(temperatures))
+    return LogProbs(torch.stack(rows), entropy)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """One output a temperature, so that those which no gradient reaches cost no backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperatures: tuple[float, ...],
+    ) -> tuple[Tensor, ...]:
+        count = len(targets)
+        logprobs = hidden.new_empty(len(temperatures), count, dtype=torch.float32)
+        normaliser = torch.empty_like(logprobs)
+        entropy = torch.empty_like(logprobs[0])
+        for part in _chunks(hidden, weight):
+            logits = F.linear(hidden[part], weight, bias).float()
+            chosen = logits.gather(1, targets[part, None]).squeeze(1)
+            power = torch.empty_like(logits)
+            peak = logits.amax(1, keepdim=True)
+            for row, temperature in enumerate(temperatures):
+                torch.sub(logits, peak, out=power)
+                total = power.div_(temperature).exp_().sum(1)
+                normaliser[row, part] = total.log() + peak.squeeze(1) / temperature
+                logprobs[row, part] = chosen / temperature - normaliser[row, part]
+            mean = torch.linalg.vecdot(power, logits) / total
+            entropy[part] = normaliser[-1, part] - mean / temperatures[-1]
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+        ctx.temperatures = temperatures
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(entropy)
+        return (*logprobs.unbind(), entropy)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+        wanted = [
+            (row, temperature, gradient)
+            for row, (temperature, gradient) in enumerate(
+                zip(ctx.temperatures, gradients[:-1], strict=True)
+            )
+            if gradient is not None
         ]
+        for_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        for_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
+        for_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for part in _chunks(hidden, weight):
+            logits = F.linear(hidden[part], weight, bias).float()
+            slope = None  # of the loss by the logits
+            for row, temperature, gradient in wanted:
+                scaled = (gradient[part] / temperature)[:, None]
+                power = logits.div(temperature) if len(wanted) > 1 else logits.div_(temperature)
+                power.sub_(normaliser[row, part, None]).exp_().mul_(-scaled)
+                power.scatter_add_(1, targets[part, None], scaled)
+                slope = power if slope is None else slope.add_(power)
+            if slope is None:
+                break
+            narrow = slope.to(weight.dtype)
+            if for_hidden is not None:
+                for_hidden[part] = narrow @ weight
+            if for_weight is not None:
+                _add_product(for_weight, narrow, hidden[part])
+            if for_bias is not None:
+                for_bias += slope.sum(0)
+        return (
+            for_hidden,
+            for_weight.to(weight.dtype) if for_weight is not None else None,
+            for_bias.to(bias.dtype) if for_bias is not None else None,
+            None,
+            None,
+        )
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left.T @ right, in place where the precisions agree."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
     else:
-        rows = [_chunk_logprobs(head, h, t, temperatures) for h, t in chunks]
-    return torch.cat(rows, dim=1)
+        total += left.T @ right
 
 
-def _chunk_logprobs(
-    head: torch.nn.Module, hidden: Tensor, targets: Tensor, temperatures: Sequence[float]
-) -> Tensor:
-    logits = head(hidden).float()
-    chosen = logits.gather(1, targets[:, None]).squeeze(1)
-    return torch.stack(
-        [chosen / t - torch.logsumexp(logits / t if t != 1.0 else logits, 1) for t in temperatures]
-    )
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Parts of the scored tokens whose logits take `CHUNK_BYTES`, all of about one size."""
+    count = len(hidden)
+    limit = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))
+    size = -(-count // max(1, -(-count // limit))) if count else 1
+    return (slice(at, min(count, at + size)) for at in range(0, count, size))
 
 
 @torch.no_grad()
@@ -153,9 +321,11 @@ def score_top(
     [t, top] and their log-probs [t, top] of each sequence, on the CPU."""
     batch = pack(sequences, starts).to(model.device)
     hidden = hidden_states(model, batch)
-    head: torch.nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    chunks = zip(torch.split(hidden, CHUNK), torch.split(batch.targets, CHUNK), strict=True)
-    found = [_chunk_top(head, h, t, top) for h, t in chunks]
+    head = output_head(model)
+    found = [
+        _chunk_top(head, hidden[part], batch.targets[part], top)
+        for part in _chunks(hidden, head.weight)
+    ]
     flat = [torch.cat(parts).cpu() for parts in zip(*found, strict=True)]
     split = [torch.split(part, list(batch.lengths)) for part in flat]
     return list(zip(*split, strict=True))
@@ -183,6 +353,7 @@ def _packed_attention(
     *,
     cu_seq_lens_q: Tensor,
     max_length_q: int,
+    buckets: Buckets,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -193,7 +364,7 @@ def _packed_attention(
         raise ValueError("packed attention has no dropout and no sliding window")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
-    return _padded(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
+    return _bucketed(query, key, value, buckets, scaling), None
 
 
 def _varlen(
@@ -202,28 +373,25 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = varlen_attn(
-        q, k, v, cu, cu, longest, longest,
-        scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    if q.shape[1] != k.shape[1]:  # not every torch has enable_gqa here
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0))
     assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
     return out[None]
 
 
-def _padded(
-    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, scale: float | None
+def _bucketed(
+    query: Tensor, key: Tensor, value: Tensor, buckets: Buckets, scale: float | None
 ) -> Tensor:
-    """Spreads the sequences over rows for the attention alone. Padding stands on the right,
-    where causality already hides it from every real token, so no mask is needed."""
-    starts, lengths = cu[:-1].long(), cu.diff().long()
-    total = query.shape[2]
-    place = torch.arange(longest, device=query.device)
-    gather = (starts[:, None] + place).clamp_(max=total - 1)  # [S, longest]
-    q, k, v = (x[0][:, gather].transpose(0, 1) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    ).transpose(1, 2)  # [S, longest, heads, D]
-    return out[torch.arange(longest, device=cu.device) < lengths[:, None]][None]
+    """[1, T, heads, D]; spreads the sequences over rows, a bucket at a time."""
+    outputs = []
+    for places, real in zip(buckets.places, buckets.real, strict=True):
+        q, k, v = (x[0][:, places].transpose(0, 1) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out.transpose(1, 2)[real])
+    return torch.cat(outputs)[buckets.back][None]
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)

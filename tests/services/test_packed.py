@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config
 
 from services import packed
@@ -28,7 +31,7 @@ def batches(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
     return sequences, [draw(st.integers(1, len(s))) for s in sequences]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batches())
 def test_packing_changes_no_logprob(batch: tuple[list[list[int]], list[int]]) -> None:
     sequences, starts = batch
@@ -39,7 +42,7 @@ def test_packing_changes_no_logprob(batch: tuple[list[list[int]], list[int]]) ->
         assert g == pytest.approx(e, abs=1e-4)
 
 
-def test_chunks_and_temperatures_and_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_a_temperature() -> None:
     sequences, starts = [[2, 3, 4, 5, 6], [7, 8, 9]], [1, 2]
     model = tiny_model()
     expected = torch.tensor(
@@ -53,15 +56,93 @@ def test_chunks_and_temperatures_and_their_gradients(monkeypatch: pytest.MonkeyP
     packed.prepare(model)
     whole = packed.token_logprobs(model, pack, [1.0, 0.6])
     torch.testing.assert_close(whole, expected, atol=1e-5, rtol=0)
-    whole.sum().backward()
-    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("reached", [(0,), (1,), (0, 1)])
+def test_log_probs_in_chunks_are_the_plain_ones_and_so_are_their_gradients(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, reached: tuple[int, ...]
+) -> None:
+    """Against log_softmax in float64; `reached` are the temperatures that the loss looks at."""
+    torch.manual_seed(0)
+    temperatures = (1.0, 0.6)
+    leaves = [
+        torch.randn(11, 6).requires_grad_(),
+        torch.randn(30, 6).requires_grad_(),
+        torch.randn(30).requires_grad_(bias),
+    ]
+    targets, pull = torch.randint(0, 30, (11,)), torch.randn(2, 11)
+    hidden, weight, offset = (x.detach().double().requires_grad_() for x in leaves)
+    logits = hidden @ weight.T + (offset if bias else 0.0)
+    tables = [(logits / t).log_softmax(1) for t in temperatures]
+    plain = torch.stack([t.gather(1, targets[:, None])[:, 0] for t in tables])
+    (plain[list(reached)] * pull[list(reached)].double()).sum().backward()
+
+    monkeypatch.setitem(packed.CHUNK_BYTES, "cpu", 4 * 4 * 30)  # four tokens at once
+    got = packed.linear_logprobs(
+        leaves[0], leaves[1], leaves[2] if bias else None, targets, temperatures
+    )
+    torch.testing.assert_close(got.logprobs.double(), plain, atol=1e-5, rtol=1e-5)
+    entropy = -(tables[1].exp() * tables[1]).sum(1)
+    torch.testing.assert_close(got.entropy.double(), entropy, atol=1e-5, rtol=1e-5)
+    assert not got.entropy.requires_grad
+    (got.logprobs[list(reached)] * pull[list(reached)]).sum().backward()
+    for mine, theirs in zip(leaves, (hidden, weight, offset), strict=True):
+        if mine.requires_grad:
+            torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made while it is on."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, vocabulary, at_once = 600, 500, 50
+    monkeypatch.setitem(packed.CHUNK_BYTES, "cpu", 4 * vocabulary * at_once)
+    hidden = torch.randn(tokens, 4, requires_grad=True)
+    weight = torch.randn(vocabulary, 4, requires_grad=True)
+    with Largest() as largest:
+        found = packed.linear_logprobs(hidden, weight, None, torch.zeros(tokens).long(), (1.0, 0.6))
+        found.logprobs[1].sum().backward()
+    assert largest.elements == vocabulary * at_once
+
+
+def plain_gradients(
+    model: PreTrainedModel, sequences: list[list[int]], starts: list[int], temperature: float
+) -> list[torch.Tensor]:
+    for ids, start in zip(sequences, starts, strict=True):
+        table = (model(torch.tensor([ids])).logits[0] / temperature).log_softmax(-1)
+        for i in range(start, len(ids)):
+            (table[i - 1, ids[i]] * (1 + i % 3)).backward(retain_graph=True)
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_gradients_of_a_skewed_pack_are_those_of_its_sequences_one_by_one() -> None:
+    """Several buckets, out of order: nothing may leak from one sequence into another."""
+    sequences = [
+        [2 + (i * j) % 20 for i in range(length)] for j, length in enumerate([9, 3, 30, 4])
+    ]
+    starts = [2, 1, 5, 1]
+    model = tiny_model()
+    expected = plain_gradients(model, sequences, starts, 0.6)
     model.zero_grad()
-    monkeypatch.setattr(packed, "CHUNK", 2)
-    chunked = packed.token_logprobs(model, pack, [1.0, 0.6])
-    torch.testing.assert_close(chunked, whole)
-    chunked.sum().backward()
-    for got, before in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(got.grad, before, atol=1e-5, rtol=1e-4)
+    pack = packed.pack(sequences, starts)
+    assert len(pack.buckets.places) == 3
+    logprobs = packed.token_logprobs(packed.prepare(model), pack, [1.0, 0.6])[1]
+    pull = torch.cat([torch.tensor([1.0 + i % 3 for i in range(s, len(ids))])
+                      for ids, s in zip(sequences, starts, strict=True)])  # fmt: skip
+    (logprobs * pull).sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-4)
 
 
 def test_other_architectures_work_unchanged() -> None:
