@@ -1,4 +1,4 @@
-r"""Is a program right? It runs in sandboxes (`verifier.bubblewrap`); the verdict is found here.
+r"""Is a program right? It runs in sandboxes (`verifier.confined`); the verdict is found here.
 
     stdin/stdout   each case's input ──▶ fresh sandbox ──▶ what it printed == what was expected
     calls          sandbox ◀─arguments, value─▶ value == what was expected
@@ -33,10 +33,12 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Self, TypeAlias
 
 from services.trajectory import Verdict
-from verifier.bubblewrap import Bubblewrap, Limit, Limits, Sandboxed, SandboxRefused
+from verifier.bubblewrap import Bubblewrap
 from verifier.cache import VerdictCache
 from verifier.config import CodeConfig
+from verifier.confined import Limit, Limits, Sandbox, Sandboxed
 from verifier.inside import decode, encode
+from verifier.landlock import Landlock
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 _PYTHON = frozenset({"", "py", "python", "python3"})
@@ -83,7 +85,7 @@ class CodeJudge:
         SandboxRefused: (from `start`) code cannot be confined here.
     """
 
-    def __init__(self, sandbox: Bubblewrap, config: CodeConfig, cached_verdicts: int) -> None:
+    def __init__(self, sandbox: Sandbox, config: CodeConfig, cached_verdicts: int) -> None:
         self._sandbox = sandbox
         self._cache = VerdictCache(cached_verdicts)
         self._waiting = self._slow_programs = 0
@@ -99,12 +101,8 @@ class CodeJudge:
     @classmethod
     async def start(cls, config: CodeConfig, *, cached_verdicts: int = 0) -> Self:
         """Proves that programs can be confined here, or raises."""
-        if config.sandbox != "bubblewrap":
-            raise SandboxRefused(
-                f"verifier.code.sandbox `{config.sandbox}` is not supported yet, and nothing "
-                "weaker than what was asked for is used instead: choose `bubblewrap`"
-            )
-        return cls(await Bubblewrap.prepare(config.python), config, cached_verdicts)
+        level = Bubblewrap if config.sandbox == "bubblewrap" else Landlock
+        return cls(await level.prepare(config.python), config, cached_verdicts)
 
     async def judge(self, completion: str, reference: str) -> Verdict:
         """The verdict on the last block of Python code in `completion`.

@@ -1,6 +1,6 @@
 """What runs inside the sandbox, beside the untrusted code. Standard library only, one file.
 
-    python inside.py MODE CPU_SECONDS MEMORY_BYTES DISK_BYTES SOURCE_BYTES [ENTRY_POINT]
+    python inside.py MODE CPU_SECONDS MEMORY_BYTES DISK_BYTES THREADS SOURCE_BYTES [ENTRY_POINT]
 
 Standard input brings the source code first. What follows it depends on the mode:
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LENGTH_BYTES = 4
 _READ_BYTES = 1 << 16
-_OPEN_FILES, _THREADS = 64, 64
+_OPEN_FILES = 64
 _RECURSION = 50_000
 
 # What solutions in LeetCode's form take for granted.
@@ -103,9 +103,9 @@ def decode(value: Any) -> Any:
 
 def main() -> None:
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # site's, without site
-    mode, cpu_s, memory, disk, size, *entry_point = sys.argv[1:]
+    mode, cpu_s, memory, disk, threads, size, *entry_point = sys.argv[1:]
     source = _read(int(size)).decode()
-    _limit(int(cpu_s), int(memory), int(disk))
+    _limit(int(cpu_s), int(memory), int(disk), int(threads))
     if mode == "program":
         _run_program(source)
         return
@@ -118,14 +118,14 @@ def main() -> None:
         _run_tests(source, entry_point, replies)
 
 
-def _limit(cpu_s: int, memory_bytes: int, disk_bytes: int) -> None:
-    """Hard limits, which nothing in here can raise. Counted in this sandbox alone."""
+def _limit(cpu_s: int, memory_bytes: int, disk_bytes: int, threads: int) -> None:
+    """Hard limits, which nothing in here can raise."""
     for limit, soft, hard in (
         (resource.RLIMIT_CPU, cpu_s, cpu_s + 1),
         (resource.RLIMIT_AS, memory_bytes, memory_bytes),
         (resource.RLIMIT_FSIZE, disk_bytes, disk_bytes),
         (resource.RLIMIT_NOFILE, _OPEN_FILES, _OPEN_FILES),
-        (resource.RLIMIT_NPROC, _THREADS, _THREADS),
+        (resource.RLIMIT_NPROC, threads, threads),
         (resource.RLIMIT_CORE, 0, 0),
     ):
         resource.setrlimit(limit, (soft, hard))

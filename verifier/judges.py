@@ -1,6 +1,6 @@
 """All that a config can judge, behind one call: who judges a data source, and where.
 
-data_source ──▶ kind ─▶ code: sandboxes of `verifier.bubblewrap`, one for each program
+data_source ──▶ kind ─▶ code: sandboxes of `verifier.confined`, one for each program
                      └▶ exact, math, "module:function": judge processes of `verifier.sandbox`
 """
 

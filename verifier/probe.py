@@ -9,15 +9,18 @@ import secrets
 import socket
 import tempfile
 from pathlib import Path
+from typing import Literal, TypeAlias
 
-from verifier.bubblewrap import Bubblewrap, Limit, Limits, SandboxRefused
+from verifier.confined import Limit, Limits, Sandbox, SandboxRefused
+
+Level: TypeAlias = Literal["bubblewrap", "landlock"]
 
 _LIMITS = Limits(time_s=10, memory_bytes=256 << 20, disk_bytes=1 << 20, output_bytes=1 << 16)
 
 # Prints, as JSON, what it could do that it must not. Each attempt ends in an OSError if it fails.
 _ATTEMPTS = """
-import ctypes, json, os, socket, sys
-secret, port = json.loads(sys.stdin.readline())
+import ctypes, json, os, socket, sys, threading
+level, secret, port, pid = json.loads(sys.stdin.readline())
 libc = ctypes.CDLL(None, use_errno=True)
 
 def must(result):
@@ -29,7 +32,9 @@ def write(path):
 
 attempts = {
     "read a file of the host": lambda: open(secret).close(),
+    "change a file of the host": lambda: os.chmod(secret, 0o777),
     "see the host's processes": lambda: os.listdir("/proc"),
+    "signal the host's processes": lambda: os.kill(pid, 0),
     "write to its root directory": lambda: write("/escaped"),
     "write to the interpreter": lambda: write(os.path.join(sys.base_prefix, "lib", "escaped")),
     "reach the host's network": lambda: socket.create_connection(("127.0.0.1", port), 1).close(),
@@ -38,12 +43,9 @@ attempts = {
     "make a namespace": lambda: must(libc.unshare(0x10000000)),
     "mount": lambda: must(libc.mount(b"none", b"/tmp", b"tmpfs", 0, None)),
     "become root": lambda: os.setuid(0),
-    "fill more than its disk": lambda: [
-        open(f"/tmp/{i}", "wb").write(b"x" * 1000000) for i in range(3)
-    ],
 }
 escaped = [f"see the variable {name}" for name in os.environ if name.startswith("SCOPE_PROBE")]
-if os.getpid() > 2:
+if level == "bubblewrap" and os.getpid() > 2:
     escaped.append("share the host's process ids")
 for name, attempt in attempts.items():
     try:
@@ -51,11 +53,15 @@ for name, attempt in attempts.items():
     except OSError:
         continue
     escaped.append(name)
-print(json.dumps(escaped))
+write("a file")  # what it must be able to do
+thread = threading.Thread(target=print, args=(json.dumps(escaped),))
+thread.start()
+thread.join()
 """
+_FILLER = "for name in 'abc': open(name, 'wb').write(b'x' * 1000000)"
 
 
-async def check(sandbox: Bubblewrap) -> None:
+async def check(sandbox: Sandbox, level: Level) -> None:
     """Runs the probe.
 
     Raises:
@@ -68,53 +74,64 @@ async def check(sandbox: Bubblewrap) -> None:
         Path(secret.name).chmod(0o644)
         host.bind(("127.0.0.1", 0))
         host.listen()
-        told = json.dumps([secret.name, host.getsockname()[1]]).encode() + b"\n"
+        told = json.dumps([level, secret.name, host.getsockname()[1], os.getpid()])
+        printed, how = await _run(sandbox, _ATTEMPTS, told)
         try:
-            async with (
-                asyncio.timeout(_LIMITS.wall_s),
-                sandbox.open(_LIMITS, "program", _ATTEMPTS) as running,
-            ):
-                await running.write(told, last=True)
-                printed = await running.output()
-                how = await running.end()
-        except (TimeoutError, Limit) as error:
-            raise SandboxRefused(f"the probe of the sandbox did not end: {error}") from error
-    try:
-        escaped = json.loads(printed)
-    except ValueError:
-        raise SandboxRefused(f"no sandbox can be made: {how}. {_missing()}") from None
+            escaped = json.loads(printed)
+        except ValueError:
+            told = f". {missing()}" if level == "bubblewrap" else ""
+            raise SandboxRefused(f"no sandbox can be made: a program {how}{told}") from None
+        if Path(secret.name).stat().st_mode & 0o777 != 0o644:
+            escaped.append("change a file of the host")
+    _, how = await _run(sandbox, _FILLER, "")
+    if not how:
+        escaped.append("fill more than its disk")
     if escaped:
         raise SandboxRefused(f"the sandbox does not hold: a program can {' and '.join(escaped)}")
+
+
+async def _run(sandbox: Sandbox, source: str, given: str) -> tuple[bytes, str]:
+    """What the program prints, and how it ended (see `Sandboxed.end`)."""
+    try:
+        async with (
+            asyncio.timeout(_LIMITS.wall_s),
+            sandbox.open(_LIMITS, "program", source) as running,
+        ):
+            await running.write(given.encode() + b"\n", last=True)
+            return await running.output(), await running.end()
+    except (TimeoutError, Limit) as error:
+        raise SandboxRefused(f"the probe of the sandbox did not end: {error}") from error
 
 
 _SETTINGS = (
     # (what shows that it is missing, its value then, what to do)
     (
-        "/proc/sys/kernel/unprivileged_userns_clone",
+        "proc/sys/kernel/unprivileged_userns_clone",
         "0",
         "sysctl kernel.unprivileged_userns_clone=1",
     ),
     (
-        "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
+        "proc/sys/kernel/apparmor_restrict_unprivileged_userns",
         "1",
         "sysctl kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile for bwrap "
         "with `userns`",
     ),
-    ("/proc/sys/user/max_user_namespaces", "0", "sysctl user.max_user_namespaces=10000"),
+    ("proc/sys/user/max_user_namespaces", "0", "sysctl user.max_user_namespaces=10000"),
 )
 
 
-def _missing() -> str:
+def missing(root: Path = Path("/")) -> str:
     """The settings of this machine that are known to be in the way."""
     wrong = []
     for place, value, remedy in _SETTINGS:
-        path = Path(place)
+        path = root / place
         if path.exists() and path.read_text().strip() == value:
             wrong.append(remedy)
-    status = Path(f"/proc/{os.getpid()}/status").read_text()
+    status = Path("/proc/self/status").read_text()
     if "\nSeccomp:\t2" in status:
         wrong.append(
             "a seccomp profile of the container that allows user namespaces and mounts (Docker: "
             "--security-opt seccomp=PROFILE; Kubernetes: securityContext.seccompProfile)"
         )
-    return f"Missing here: {'; '.join(wrong)}" if wrong else "See docs/verifier.md, sandbox levels"
+    found = f"Missing here: {'; '.join(wrong)}" if wrong else "See docs/verifier.md, sandbox levels"
+    return f"{found}. Or choose the weaker verifier.code.sandbox=landlock"

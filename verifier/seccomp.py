@@ -12,6 +12,8 @@ import errno
 import struct
 from dataclasses import dataclass
 
+from verifier.confined import SandboxRefused
+
 # struct sock_filter: code, jump if true, jump if false, constant (linux/filter.h).
 _INSTRUCTION = struct.Struct("=HBBI")
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -24,6 +26,13 @@ _CLONE_THREAD = 0x00010000
 _CLONE_NEW_NAMESPACE = 0x7E020080  # cgroup, uts, ipc, user, pid, network, mount, time
 # What Python asks of its own files. Not TIOCSTI, which types into a terminal.
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+# What can reach other processes of the same user, or files that may not be opened.
+_ON_OTHERS = frozenset(
+    {"execve", "kill", "tkill", "tgkill", "chmod", "fchmod", "fchmodat", "utimensat"}
+)
+_ITSELF = 0
+# Duplicates, flags and locks. Not F_SETOWN and F_SETSIG, which make the kernel send signals.
+_FCNTLS = (*range(8), 36, 37, 38, 1030)
 
 _X86_64 = """
     read:0 write:1 readv:19 writev:20 pread64:17 pwrite64:18 open:2 openat:257 close:3
@@ -72,11 +81,12 @@ class _Architecture:
     clone: int
     clone3: int
     ioctl: int
-    allowed: tuple[int, ...]
+    allowed: dict[str, int]
 
 
-def _numbers(table: str) -> tuple[int, ...]:
-    return tuple(int(entry.partition(":")[2]) for entry in table.split())
+def _numbers(table: str) -> dict[str, int]:
+    entries = (entry.partition(":") for entry in table.split())
+    return {name: int(number) for name, _, number in entries}
 
 
 _ARCHITECTURES = {
@@ -85,13 +95,20 @@ _ARCHITECTURES = {
 }
 
 
-def program(machine: str) -> bytes:
-    """The filter for `machine` (as `platform.machine()` names it), for `bwrap --seccomp`.
+def program(machine: str, *, among_others: bool = False) -> bytes:
+    """The filter for `machine` (as `platform.machine()` names it), as `struct sock_filter`s.
+
+    Args:
+        machine: the architecture.
+        among_others: the process shares its user, process ids and files' attributes with the
+            host, so calls that act on those are refused too, and so is execve.
 
     Raises:
-        KeyError: there is no table of this architecture's system calls.
+        SandboxRefused: there is no table of this architecture's system calls.
     """
-    calls = _ARCHITECTURES[machine]
+    calls = _ARCHITECTURES.get(machine)
+    if calls is None:
+        raise SandboxRefused(f"there is no system call filter for {machine}")
     deny = _step(_RETURN, _ERROR | errno.EPERM)
     allow = _step(_RETURN, _ALLOW)
     steps = [
@@ -113,9 +130,22 @@ def program(machine: str) -> bytes:
             ],
         ),
         *_when(calls.ioctl, [_step(_LOAD, _ARGUMENT_1), *_any_of(_IOCTLS, allow, deny)]),
-        *_any_of(calls.allowed, allow, deny),
+        *(_alone_only(calls.allowed, allow, deny) if among_others else ()),
+        *_any_of(tuple(calls.allowed.values()), allow, deny),
     ]
     return b"".join(steps)
+
+
+def _alone_only(numbers: dict[str, int], allow: bytes, deny: bytes) -> list[bytes]:
+    refused = [number for name, number in numbers.items() if name in _ON_OTHERS]
+    return [
+        *(step for number in refused for step in _when(number, [deny])),
+        *_when(
+            numbers["prlimit64"],
+            [_step(_LOAD, _ARGUMENT_0), *_any_of((_ITSELF,), allow, deny)],
+        ),
+        *_when(numbers["fcntl"], [_step(_LOAD, _ARGUMENT_1), *_any_of(_FCNTLS, allow, deny)]),
+    ]
 
 
 def _step(code: int, constant: int, if_true: int = 0, if_false: int = 0) -> bytes:

@@ -12,7 +12,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import socket
+import struct
+import subprocess
+import tempfile
 import textwrap
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -22,20 +26,26 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from verifier import landlock
 from verifier.code_tests import CodeJudge
 from verifier.config import CodeConfig
+from verifier.confined import find_interpreter
 from verifier.sandbox import JudgePool
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 CONFIG = CodeConfig(programs=2, time_s=1, memory_mb=256, disk_mb=1, output_mb=1)
+LEVELS = ("bubblewrap", "landlock")
 
+# A call that the kernel refused for its arguments is no proof: it must be refused for what it is.
 _ATTEMPT = """
-import ctypes, errno, os, socket, sys, mmap
+import ctypes, errno, fcntl, os, resource, socket, sys
 SECRET, PORT, HOST_PID = input().split()
 libc = ctypes.CDLL(None, use_errno=True)
 def must(result):
-    if result < 0 or result == 2**64 - 1: raise OSError(ctypes.get_errno(), "refused")
+    if result < 0:
+        assert ctypes.get_errno() in (errno.EPERM, errno.ENOSYS), "it got as far as the kernel"
+        raise OSError(ctypes.get_errno(), "refused")
 def syscall(number, *arguments):
     must(libc.syscall(number, *arguments))
 try:
@@ -45,6 +55,15 @@ except (OSError, ValueError) as refused:
 else:
     print("escaped")
 """
+
+# A static program: socket(AF_INET, SOCK_STREAM, 0) < 0, and so it writes "held" or "escaped".
+_BINARY = (
+    struct.pack("<16s2HI3QI6H", b"\x7fELF\2\1\1", 2, 62, 1, 0x400078, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    + struct.pack("<2I6Q", 1, 5, 0, 0x400000, 0x400000, 202, 202, 0x1000)
+    + bytes.fromhex("b829000000bf02000000be0100000031d20f054885c07809488d3523000000eb07")
+    + bytes.fromhex("488d3522000000bf01000000ba08000000b8010000000f0531ffb83c0000000f05")
+    + b"escaped\nheld   \n"
+)
 
 # System call numbers are x86-64's.
 REFUSED = {
@@ -58,8 +77,9 @@ REFUSED = {
     "a socket by ctypes": "must(libc.socket(2, 1, 0))",
     "a socket by its number": "syscall(41, 2, 1, 0)",
     "name resolution": "socket.getaddrinfo('example.com', 80)",
-    "a shipped binary": "open('/tmp/x', 'wb').write(b'\\x7fELF'); os.chmod('/tmp/x', 0o755)\n"
-    "os.execv('/tmp/x', ['x'])",
+    "a socket by a shipped binary": "file = os.open('x', os.O_CREAT | os.O_WRONLY, 0o755)\n"
+    f"os.write(file, bytes.fromhex('{_BINARY.hex()}')); os.close(file)\n"
+    "os.execv('./x', ['x'])",
     "a shell": "os.execv('/bin/sh', ['sh'])",
     "a child by posix_spawn": "os.posix_spawn(sys.executable, ['python'], {})",
     "reading a file of the host": "open(SECRET).read()",
@@ -67,7 +87,7 @@ REFUSED = {
     "reading the shadow file": "open('/etc/shadow').read()",
     "reading root's home": "os.listdir('/root')",
     "reading other runs' files": "os.listdir('/var')",
-    "reading the tests": "open('/tests/test_code.py').read()",
+    "reading the tests": f"open({__file__!r}).read()",
     "the parent's environment": "open(f'/proc/{HOST_PID}/environ').read()",
     "its own environment": "open('/proc/self/environ').read()",
     "its own memory as a file": "open('/proc/self/mem', 'rb+')",
@@ -77,14 +97,18 @@ REFUSED = {
     "writing to the root": "open('/x', 'w')",
     "writing to the interpreter's library": "open(os.__file__, 'a')",
     "writing to the driver": "open('/inside.py', 'a')",
-    "replacing the driver": "os.rename('/tmp', '/inside.py')",
+    "replacing the driver": "os.rename('x', '/inside.py')",
     "removing a device": "os.unlink('/dev/null')",
-    "writing to the disk": "open('/dev/sda', 'wb')",
-    "making a device": "os.mknod('/tmp/disk', 0o60644, os.makedev(8, 0))",
-    "making a fifo": "os.mkfifo('/tmp/fifo')",
-    "a symbolic link to the host": "os.symlink(SECRET, '/tmp/a'); open('/tmp/a').read()",
-    "a hard link to the host": "os.link(SECRET, '/tmp/b')",
-    "a hard link out of its disk": "os.link('/inside.py', '/tmp/c')",
+    "writing to the kernel's log": "open('/dev/kmsg', 'w')",
+    "making a device": "os.mknod('disk', 0o60644, os.makedev(8, 0))",
+    "making a fifo": "os.mkfifo('fifo')",
+    "a symbolic link to the host": "os.symlink(SECRET, 'a'); open('a').read()",
+    "a hard link to the host": "os.link(SECRET, 'b')",
+    "a hard link out of its disk": "os.link(os.__file__, 'c')",
+    "the mode of the host's file": "os.chmod(SECRET, 0o777)",
+    "the times of the host's file": "os.utime(SECRET)",
+    "the length of the host's file": "os.truncate(SECRET, 0)",
+    "replacing the host's file": "open('d', 'w').close(); os.replace('d', SECRET)",
     "fork": "os.fork()",
     "fork by its number": "syscall(57)",
     "vfork": "syscall(58)",
@@ -101,11 +125,12 @@ REFUSED = {
     "ptrace": "must(libc.ptrace(16, 1, 0, 0))",
     "reading another process": "syscall(310, 1, 0, 0, 0, 0, 0)",
     "killing the parent": "os.kill(int(HOST_PID), 9)",
+    "limits of the parent": "resource.prlimit(int(HOST_PID), resource.RLIMIT_NOFILE, (0, 0))",
+    "signals to the parent by a pipe": "fcntl.fcntl(0, fcntl.F_SETOWN, int(HOST_PID))",
     "setuid": "os.setuid(0)",
     "setgroups": "os.setgroups([0])",
     "capabilities": "syscall(126, 0, 0)",
-    "a higher limit": "import resource\n"
-    "resource.setrlimit(resource.RLIMIT_NPROC, (1 << 20, 1 << 20))",
+    "a higher limit": "resource.setrlimit(resource.RLIMIT_NPROC, (1 << 20, 1 << 20))",
     "io_uring": "syscall(425, 8, ctypes.create_string_buffer(120))",
     "bpf": "syscall(321, 0, ctypes.create_string_buffer(64), 64)",
     "keyctl": "syscall(250, 0, -3, 0)",
@@ -116,7 +141,7 @@ REFUSED = {
     "reboot": "must(libc.reboot(0x1234567))",
     "the clock": "import time\ntime.clock_settime(time.CLOCK_REALTIME, 0)",
     "the host's name": "socket.sethostname('owned')",
-    "typing into a terminal": "import fcntl\nfcntl.ioctl(0, 0x5412, b'x')",
+    "typing into a terminal": "fcntl.ioctl(0, 0x5412, b'x')",
     "shared memory of System V": "syscall(29, 0, 1 << 20, 0o1777)",
     "memory files": "os.memfd_create('x')",
     "an open directory outside": "os.open('/proc/1/root', os.O_RDONLY)",
@@ -138,7 +163,7 @@ CONTAINED = {
     "endless output": ("while True: print('x' * 9999)", "printed more than 1 MiB"),
     "endless errors": (
         "import sys\nwhile True: sys.stderr.write('x' * 9999)",
-        "used more than 1 s",
+        "printed more than 1 MiB of errors",
     ),
     "huge integer": ("print(len(str(9 ** 9 ** 9)))", "used more than 1 s"),
     "regular expression": ("import re\nre.match('(a+)+$', 'a' * 60 + 'b')", "used more than 1 s"),
@@ -251,8 +276,17 @@ TEXTS = {
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def judge() -> AsyncIterator[CodeJudge]:
-    yield await CodeJudge.start(CONFIG)
+async def judges() -> dict[str, CodeJudge]:
+    return {level: await CodeJudge.start(at(level)) for level in LEVELS}
+
+
+@pytest.fixture
+def judge(judges: dict[str, CodeJudge]) -> CodeJudge:
+    return judges["bubblewrap"]
+
+
+def at(level: str, programs: int = 2) -> CodeConfig:
+    return CONFIG.model_copy(update={"sandbox": level, "programs": programs})
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -262,41 +296,49 @@ async def pool() -> AsyncIterator[JudgePool]:
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """What the attacks are told of the host: a secret file, a listening port, a process."""
-    secret = tmp_path_factory.mktemp("host") / "secret"
-    secret.write_text("hunter2")
-    before = host(secret)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.01)
-        yield f"{secret} {server.getsockname()[1]} {os.getpid()}"
-        with pytest.raises(TimeoutError):
-            server.accept()  # nobody ever connected
-    assert host(secret) == before
+def target() -> Iterator[str]:
+    """What the attacks are told of the host: a file that everybody may write, a listening port,
+    a process."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        secret = Path(directory) / "secret"
+        secret.write_text("hunter2")
+        secret.chmod(0o666)
+        before = host(secret)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(0.01)
+            yield f"{secret} {server.getsockname()[1]} {os.getpid()}"
+            with pytest.raises(TimeoutError):
+                server.accept()  # nobody ever connected
+        assert host(secret) == before
 
 
 def host(secret: Path) -> dict[str, Any]:
     """What an escape would change."""
     return {
-        "secret": (secret.read_text(), sorted(secret.parent.iterdir()), secret.stat().st_mtime),
+        "secret": (secret.read_text(), sorted(secret.parent.iterdir())),
+        "its attributes": (secret.stat().st_mode, secret.stat().st_mtime),
+        "files of programs": sorted(Path(tempfile.gettempdir()).glob("scope-program-*")),
+        "limits": Path("/proc/self/limits").read_text(),
         "name": socket.gethostname(),
         "mounts": Path("/proc/self/mounts").read_text(),
         "pattern": Path("/proc/sys/kernel/core_pattern").read_text(),
         "shared memory": Path("/proc/sysvipc/shm").read_text(),
-        "of nobody": sandboxed_processes(),
+        "programs": sandboxed_processes(),
         "clock": time.time() > 1e9,
     }
 
 
 def sandboxed_processes() -> list[str]:
-    """Processes of whichever sandbox this process made: bwrap's command line names the driver."""
+    """Processes of whichever sandbox this process made: they are told where the driver is."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
             line = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"/inside.py" in line and b"bwrap" in line and _parent(entry) == os.getpid():
+        sandboxed = b"/inside.py" in line or b"/landlocked.py" in line
+        if sandboxed and _parent(entry) == os.getpid():
             found.append(line.decode())
     return found
 
@@ -312,17 +354,98 @@ async def test_there_are_enough_of_them() -> None:
     assert len(REFUSED) + len(CONTAINED) + len(CHEATS) + len(TEXTS) >= 120
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", REFUSED)
-async def test_the_system_refuses(judge: CodeJudge, target: str, name: str) -> None:
-    source = _ATTEMPT.format(attack=textwrap.indent(REFUSED[name], "    "))
-    verdict = await judge.judge(source, json.dumps({"inputs": [target], "outputs": ["held"]}))
+async def test_the_system_refuses(
+    judges: dict[str, CodeJudge], target: str, name: str, level: str
+) -> None:
+    case = json.dumps({"inputs": [target], "outputs": ["held"]})
+    verdict = await judges[level].judge(attempt(name), case)
     assert verdict.outcome == "correct", verdict.reason
+
+
+def attempt(name: str) -> str:
+    return _ATTEMPT.format(attack=textwrap.indent(REFUSED[name], "    "))
+
+
+async def test_landlock_protects_what_is_the_program_s_own_user_s() -> None:
+    """The program has the same user as the verifier and the secret, and root's rights nowhere.
+    Landlock is all that is between them."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        package = Path(directory, "verifier")
+        shutil.copytree(Path(landlock.__file__).parent, package)
+        unprivileged = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+        python = find_interpreter(None).path
+        done = subprocess.run(
+            [*(unprivileged if os.geteuid() == 0 else []), python, "-B", "-c", _ORDINARY_USER],
+            input=json.dumps({name: attempt(name) for name in REFUSED}),
+            env={"PYTHONPATH": directory},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    assert {name: said for name, said in json.loads(done.stdout).items() if said != "held\n"} == {}
+
+
+_ORDINARY_USER = """
+import asyncio, json, os, socket, sys, tempfile
+from verifier.confined import Limits
+from verifier.landlock import Landlock
+
+async def main():
+    sandbox = await Landlock.prepare()
+    limits = Limits(time_s=2, memory_bytes=256 << 20, disk_bytes=1 << 20, output_bytes=1 << 20)
+    with tempfile.NamedTemporaryFile("w+") as secret, socket.create_server(("", 0)) as server:
+        secret.write("hunter2")
+        secret.flush()
+        before = os.stat(secret.name)
+        target = f"{secret.name} {server.getsockname()[1]} {os.getpid()}"
+        said = {}
+        for name, source in json.load(sys.stdin).items():
+            async with sandbox.open(limits, "program", source) as running:
+                await running.write(target.encode(), last=True)
+                said[name] = (await running.output()).decode() + await running.end()
+        assert open(secret.name).read() == "hunter2"
+        after = os.stat(secret.name)
+        assert (before.st_mode, before.st_mtime) == (after.st_mode, after.st_mtime)
+    print(json.dumps(said))
+
+asyncio.run(main())
+"""
 
 
 @pytest.mark.parametrize("name", CONTAINED)
 async def test_a_limit_ends_it(judge: CodeJudge, target: str, name: str) -> None:
     source, reason = CONTAINED[name]
     verdict = await judge.judge(source, '{"inputs": [""], "outputs": ["escaped"]}')
+    assert verdict.outcome == "incorrect"
+    assert reason in verdict.reason
+
+
+# Where the second level ends a bomb otherwise; what a limit of the process ends is the same.
+_OTHERWISE = {
+    "disk": "wrote more than 1 MiB",
+    "kill -1": "Operation not permitted",
+    **{name: CONTAINED[name][1] for name in ("one big file", "open files", "threads", "memory")},
+    **{name: CONTAINED[name][1] for name in ("endless loop", "ignored signals", "a crash")},
+}
+
+
+@pytest.mark.parametrize("name", [*_OTHERWISE, "files", "a disk that fills up slowly"])
+async def test_a_limit_of_landlock_s_level_ends_it(
+    judges: dict[str, CodeJudge], target: str, name: str
+) -> None:
+    bombs = {
+        "files": ("for i in range(9999): open(f'{i}', 'w')", "made more than 1000 files"),
+        "a disk that fills up slowly": (
+            "import time\nopen('a', 'wb').write(b'x' * 600000)\n"
+            "open('b', 'wb').write(b'x' * 600000)\ntime.sleep(3600)",
+            "wrote more than 1 MiB",
+        ),
+    }
+    source, reason = bombs.get(name) or (CONTAINED[name][0], _OTHERWISE[name])
+    verdict = await judges["landlock"].judge(source, '{"inputs": [""], "outputs": ["escaped"]}')
     assert verdict.outcome == "incorrect"
     assert reason in verdict.reason
 
@@ -347,9 +470,10 @@ async def test_a_hostile_answer_is_not_correct(pool: JudgePool, name: str) -> No
     assert (await pool.judge("math", r"\boxed{\frac{84}{2}}", "42")).outcome == "correct"
 
 
-async def test_bombs_do_not_slow_the_others(target: str) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+async def test_bombs_do_not_slow_the_others(target: str, level: str) -> None:
     """Good programs run beside six bombs, with as many sandboxes as there are programs."""
-    crowd = await CodeJudge.start(CONFIG.model_copy(update={"programs": 8}))
+    crowd = await CodeJudge.start(at(level, programs=8))
     right = '{"inputs": ["2"], "outputs": ["4"]}'
     bombs = [
         asyncio.create_task(crowd.judge(CONTAINED[name][0], right))

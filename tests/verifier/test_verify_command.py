@@ -29,6 +29,18 @@ def test_judges_a_file_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "3 rows: 1 correct (33.3%), 1 incorrect (33.3%), 1 unknown (33.3%)" in printed.err
 
 
+def test_programs_that_cannot_be_confined_are_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"completion": "print(1)", "reference": "{}"}')
+    monkeypatch.setenv("PATH", "")
+    assert scope_verify(file, "--kind", "code") == 1
+    printed = capsys.readouterr()
+    assert "install the package `bubblewrap`" in printed.err
+    assert printed.out == ""
+
+
 @pytest.mark.parametrize(
     ("text", "options", "sentence"),
     [

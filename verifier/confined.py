@@ -1,0 +1,284 @@
+"""One untrusted program that runs under limits, whatever confines it, and how it is spoken to.
+
+Sandbox ──open──▶ Sandboxed: source code in, then frames or plain text in both directions
+  ├─ verifier.bubblewrap   namespaces of its own
+  └─ verifier.landlock     a process among the host's, with almost all rights taken away
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+from verifier.inside import LENGTH_BYTES, frame
+
+Mode: TypeAlias = Literal["program", "calls", "tests"]
+
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+ENVIRONMENT = {"LANG": "C.UTF-8"}
+_ERRORS_BYTES = 16 * 1024  # of standard error; the rest is thrown away
+_CHUNK_BYTES = 64 * 1024
+_ASK_S = 30.0
+_THREADS = 64
+_OTHER_PYTHONS = ("/usr/local/bin/python3", "/usr/bin/python3")
+
+
+class SandboxRefused(RuntimeError):
+    """Code cannot be confined here. The message names what is missing."""
+
+
+class Limit(RuntimeError):
+    """A program reached a limit; the message completes the sentence "the program …"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one program may use. Seconds are the processor's; the clock's may be twice as many."""
+
+    time_s: float
+    memory_bytes: int
+    disk_bytes: int
+    output_bytes: int
+
+    @property
+    def wall_s(self) -> float:
+        return 2 * self.time_s + 5
+
+
+@dataclass(slots=True)
+class Sandboxed:
+    """One running program: frames to it, frames or plain output from it.
+
+    `overrun` says which limit it went past that the kernel does not keep; it is asked at the end.
+    """
+
+    process: asyncio.subprocess.Process
+    limits: Limits
+    overrun: Callable[[], str]
+    _flooded: bool = False
+    _errors: bytearray = field(default_factory=bytearray)
+    _draining: asyncio.Task[None] | None = None
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """Sends a frame."""
+        await self.write(frame(message))
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        """Writes to its input, and closes that if this is the `last` of it.
+
+        A program that does not read, or is gone, is no error here: what it says will show it.
+        """
+        assert self.process.stdin is not None
+        with suppress(ConnectionError):
+            self.process.stdin.write(data)
+            await self.process.stdin.drain()
+        if last:
+            self.process.stdin.close()
+
+    async def receive(self) -> dict[str, Any]:
+        """The next frame.
+
+        Raises:
+            Limit: it is too long, or not JSON.
+            EOFError: the program ended first.
+        """
+        assert self.process.stdout is not None
+        try:
+            length = int.from_bytes(await self.process.stdout.readexactly(LENGTH_BYTES), "big")
+            if length > self.limits.output_bytes:
+                raise Limit("returned too much")
+            message = json.loads(await self.process.stdout.readexactly(length))
+        except asyncio.IncompleteReadError:
+            raise EOFError from None
+        except (ValueError, RecursionError):
+            raise Limit("returned what cannot be read") from None
+        return message if isinstance(message, dict) else {}
+
+    async def output(self) -> bytes:
+        """All that it prints until it ends.
+
+        Raises:
+            Limit: it prints too much.
+        """
+        assert self.process.stdout is not None
+        printed = bytearray()
+        while part := await self.process.stdout.read(_CHUNK_BYTES):
+            printed += part
+            if len(printed) > self.limits.output_bytes:
+                raise Limit(f"printed more than {self.limits.output_bytes >> 20} MiB")
+        return bytes(printed)
+
+    async def end(self) -> str:
+        """Waits for its end; the empty text if it ended well, or else how, in its own words."""
+        code = await self.process.wait()
+        if self._draining is not None:
+            await self._draining
+        if self._flooded:
+            return f"printed more than {self.limits.output_bytes >> 20} MiB of errors"
+        if overrun := self.overrun():
+            return overrun
+        if code < 0:
+            code = 128 - code  # died of a signal: as a shell, and bwrap, would say it
+        if code == 0:
+            return ""
+        if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
+            return f"used more than {self.limits.time_s:g} s"
+        said = self._errors.decode(errors="replace").strip().splitlines()
+        printable = "".join(filter(str.isprintable, said[-1][:200])) if said else ""
+        return f"failed ({printable})" if printable else f"failed (exit code {code})"
+
+    async def discard_output(self) -> None:
+        """Reads to the end what nobody wants any more."""
+        assert self.process.stdout is not None
+        while await self.process.stdout.read(_CHUNK_BYTES):
+            pass
+
+    async def drain_errors(self) -> None:
+        """Reads standard error to its end, so that nobody blocks on it; keeps the last of it.
+        Who prints more there than may be printed is killed: reading costs time of ours."""
+        assert self.process.stderr is not None
+        read = 0
+        while part := await self.process.stderr.read(_CHUNK_BYTES):
+            self._errors += part
+            del self._errors[:-_ERRORS_BYTES]
+            read += len(part)
+            if read > self.limits.output_bytes and not self._flooded:
+                self._flooded = True
+                self.kill()
+
+    def kill(self) -> None:
+        """Ends the program now, if it still runs, and with it, by the kernel, all inside."""
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                self.process.kill()
+
+
+class Sandbox(Protocol):
+    """How programs are confined on this machine, proven by a probe when it was made."""
+
+    def open(
+        self, limits: Limits, mode: Mode, source: str, *entry_point: str
+    ) -> AbstractAsyncContextManager[Sandboxed]:
+        """A fresh sandbox that runs `source` in one of the modes of `verifier.inside`, killed at
+        the end. A program may wait for its input forever: the caller keeps `limits.wall_s`.
+
+        Raises:
+            SandboxRefused: it cannot be started.
+        """
+
+
+@asynccontextmanager
+async def started(
+    command: Sequence[str],
+    limits: Limits,
+    code: bytes,
+    *,
+    pass_fds: Sequence[int] = (),
+    overrun: Callable[[], str] = str,
+) -> AsyncIterator[Sandboxed]:
+    """`command` with nothing of this process but its standard streams (and `pass_fds`). It is
+    told `code` first, and killed at the end.
+
+    Raises:
+        SandboxRefused: it cannot be started.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/",
+            env=ENVIRONMENT,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise SandboxRefused(f"{command[0]} cannot be started: {error}") from error
+    sandboxed = Sandboxed(process, limits, overrun)
+    draining = asyncio.create_task(sandboxed.drain_errors())
+    sandboxed._draining = draining
+    assert process.stdin is not None
+    process.stdin.write(code)  # not drained: the next write is, and it might never be read
+    try:
+        yield sandboxed
+    finally:
+        sandboxed.kill()
+        process.stdin.close()
+        # asyncio takes it for ended when its pipes are, and an unread one never is.
+        await sandboxed.discard_output()
+        await process.wait()
+        await draining
+
+
+def told(limits: Limits, mode: Mode, code: bytes, entry_point: Sequence[str]) -> list[str]:
+    """The arguments of `verifier.inside`."""
+    cpu_s = max(1, round(limits.time_s))
+    numbers = (cpu_s, limits.memory_bytes, limits.disk_bytes, _THREADS, len(code))
+    return [mode, *map(str, numbers), *entry_point]
+
+
+@dataclass(frozen=True, slots=True)
+class Interpreter:
+    """What runs the programs: its real path, the directory with its library, its options."""
+
+    path: str
+    prefix: str
+    flags: tuple[str, ...]
+
+    @property
+    def directories(self) -> list[str]:
+        """All that a program needs to read. Below /usr that is the libraries only."""
+        return [*LIBRARIES, *([] if self.prefix == "/usr" else [self.prefix])]
+
+
+def find_interpreter(configured: Path | None) -> Interpreter:
+    """The configured interpreter, with the packages that it has, or else a bare one: this
+    process's own if everybody can read it.
+
+    Raises:
+        SandboxRefused: there is none that an unprivileged user can read.
+    """
+    flags = ("-I", "-B", "-X", "utf8") if configured else ("-I", "-S", "-B", "-X", "utf8")
+    own = os.path.realpath(sys.executable)
+    candidates = [str(configured)] if configured else [own, *_OTHER_PYTHONS]
+    for candidate in candidates:
+        path = os.path.realpath(candidate)
+        if os.geteuid() == 0 and not _readable_by_all(Path(path)):
+            continue
+        try:
+            asked = subprocess.run(
+                [path, "-I", "-S", "-c", "import sys; print(sys.base_prefix)"],
+                capture_output=True,
+                text=True,
+                timeout=_ASK_S,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            if configured:
+                raise SandboxRefused(f"verifier.code.python does not run: {error}") from error
+            continue
+        return Interpreter(path, asked.stdout.strip(), flags)
+    raise SandboxRefused(
+        f"the user `nobody` cannot read {' or '.join(candidates)}: run the verifier as another "
+        "user than root, or set verifier.code.python to an interpreter that everybody can read"
+    )
+
+
+def _readable_by_all(path: Path) -> bool:
+    def mode(place: Path) -> int:
+        return place.stat().st_mode if place.exists() else 0
+
+    return bool(mode(path) & stat.S_IROTH) and all(
+        mode(parent) & stat.S_IXOTH for parent in path.parents
+    )
