@@ -1,7 +1,9 @@
-"""Hugging Face directories: loading them, telling them apart, and whether two fit together."""
+"""Hugging Face directories: loading and writing them, telling them apart, and whether two fit
+together."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # fingerprints must not cost an import of torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _EDGE = 1 << 20  # bytes hashed at each end of a weight file: whole files would take minutes
 
@@ -67,6 +70,25 @@ def load_model(path: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
 
     model: Any = AutoModelForCausalLM.from_pretrained(locate(path), dtype=getattr(torch, dtype))
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def write_model(
+    path: Path,
+    config: PretrainedConfig,
+    tensors: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Writes a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` loads."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"  # ours has no meaning outside this project
+    factory: Any = AutoModelForCausalLM
+    with torch.device("meta"):  # for its class and its file format; it holds nothing
+        model = factory.from_config(config, dtype=next(iter(tensors.values())).dtype)
+    model.save_pretrained(path, state_dict=dict(tensors))
+    tokenizer.save_pretrained(path)
 
 
 def parameter_shapes(path: str) -> dict[str, tuple[int, ...]]:

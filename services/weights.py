@@ -7,14 +7,25 @@ sequence, so that an engine that loaded something else is found out before it sa
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+Manifest: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""(name, torch dtype, shape) of each tensor."""
+
+
+def manifest(parameters: Iterable[tuple[str, torch.Tensor]]) -> Manifest:
+    """The manifest of `parameters`, in their order."""
+    return tuple(
+        (name, str(p.dtype).removeprefix("torch."), tuple(p.shape)) for name, p in parameters
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +33,7 @@ class Weights:
     """All parameters of one version. `version` counts the gradient steps behind it."""
 
     version: int
-    manifest: tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, torch dtype, shape)
+    manifest: Manifest
     buffer: npt.NDArray[np.uint8]
     probe_ids: tuple[int, ...]
     probe_logprobs: tuple[float, ...]  # of probe_ids[1:], temperature 1
@@ -36,15 +47,25 @@ class Weights:
     ) -> Weights:
         """Copies `parameters` into one new buffer on the CPU."""
         named = [(name, p.detach()) for name, p in parameters]
-        manifest = tuple(
-            (name, str(p.dtype).removeprefix("torch."), tuple(p.shape)) for name, p in named
+        return Weights.gather(
+            version, manifest(named), (p for _, p in named), probe_ids, probe_logprobs
         )
-        buffer = torch.empty(sum(p.numel() * p.element_size() for _, p in named), dtype=torch.uint8)
-        offset = 0
-        for _, p in named:
-            flat = p.contiguous().view(-1).view(torch.uint8)
-            buffer[offset : offset + flat.numel()].copy_(flat)
-            offset += flat.numel()
+
+    @staticmethod
+    def gather(
+        version: int,
+        manifest: Manifest,
+        tensors: Iterable[torch.Tensor],
+        probe_ids: Iterable[int],
+        probe_logprobs: Iterable[float],
+    ) -> Weights:
+        """As `flatten`, where `tensors` come one by one, in the order of the manifest, so that
+        only one of them need be whole at a time."""
+        sizes = [math.prod(shape) * getattr(torch, dtype).itemsize for _, dtype, shape in manifest]
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8)
+        parts = torch.split(buffer, sizes) if sizes else ()
+        for part, tensor in zip(parts, tensors, strict=True):
+            part.copy_(tensor.contiguous().view(-1).view(torch.uint8))
         return Weights(version, manifest, buffer.numpy(), tuple(probe_ids), tuple(probe_logprobs))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

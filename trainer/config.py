@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from services.config import Config, Resources
 
@@ -69,6 +69,31 @@ class CheckpointConfig(Config):
 
     every_steps: int = Field(default=20, ge=1)
     keep_last: int = Field(default=2, ge=1)
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints of every so many steps are kept for good, with the student as a Hugging Face
+    directory; a multiple of `every_steps`."""
+    storage: str | None = None
+    """A directory that all nodes share, or a URL (s3://, gs://, file://, …), in which the run gets
+    a directory of its own; None keeps checkpoints in the run directory."""
+
+    @model_validator(mode="after")
+    def _kept_ones_are_written(self) -> CheckpointConfig:
+        if self.keep_every and self.keep_every % self.every_steps:
+            raise ValueError(
+                f"keep_every ({self.keep_every}) must be a multiple of every_steps "
+                f"({self.every_steps})"
+            )
+        return self
+
+
+class LoraConfig(Config):
+    """Low-rank adapters: only they are trained; rollout sees them merged."""
+
+    rank: int = Field(default=32, ge=1)
+    alpha: int = Field(default=64, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get adapters; never the output or the embedding."""
 
 
 class TrainerConfig(Config):
@@ -92,7 +117,15 @@ class TrainerConfig(Config):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the master weights."""
     autocast: Literal["none", "bfloat16"] = "none"
+    """Precision that is computed in."""
     gradient_checkpointing: bool = False
+    """Activations are computed again in the backward pass instead of being kept."""
+    parallel: Literal["fsdp", "ddp"] = "fsdp"
+    """Of several ranks: each holds a part of model and optimizer (FSDP2), or all of it."""
+    offload: bool = False
+    """Parameters, gradients and optimizer live in host memory and visit the device (FSDP2)."""
+    lora: LoraConfig | None = None
+    """Trains adapters only; None trains the whole student."""
     stall_timeout_s: float = Field(default=1800.0, gt=0)
     """No gradient step for this long stops the run, naming the slowest stage."""
     max_failures: int = Field(default=3, ge=0)

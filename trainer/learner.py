@@ -14,24 +14,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from services.models import probe_tokens
-from services.packed import prepare, score, token_logprobs
+from services.packed import pack, token_logprobs
 from services.weights import Weights
 from trainer.batch import Batch, MicroBatch, micro_batches, share
+from trainer.checkpoint import RANK_PREFIX, State
 from trainer.config import OptimizerConfig, TrainerConfig
 from trainer.objectives import Coefficients, SequenceStats, objective
 from trainer.scope import effective_sample_size
+from trainer.student import Student
 
 Metrics = dict[str, float]
 
@@ -45,6 +45,7 @@ class Learner:
         temperature: the one that rollouts are sampled at. ρ is computed at it; everything that
             is compared with the teacher is computed at 1.
         total_steps: where a cosine schedule ends.
+        device: what computes; None takes where the model lies.
     """
 
     def __init__(
@@ -54,54 +55,45 @@ class Learner:
         *,
         temperature: float,
         total_steps: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.model = prepare(model)
-        # transformers recomputes activations in training mode only. Dropout stays off in both:
-        # ρ and the log-ratio compare with models that have none (packed attention refuses it).
-        self.model.train(config.gradient_checkpointing)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+        self.model = model
+        self.device = device or model.device
+        self.student = Student(model, config, self.device)
         self.config = config
         self.objective = objective(config.objective)
         self.step_number = 0
         self._temperatures = [1.0] if temperature == 1.0 else [1.0, temperature]
-        self._optimizer = _adamw(model, config.optimizer)
-        self._schedule = LambdaLR(
-            self._optimizer, _lr_factor(config.optimizer, total_steps or math.inf)
-        )
+        self._optimizer = _adamw(self.student.trained.values(), config.optimizer)
+        self._lr_factor = _lr_factor(config.optimizer, total_steps or math.inf)
         self._rank = dist.get_rank() if dist.is_initialized() else 0
-        self._ranks = dist.get_world_size() if dist.is_initialized() else 1
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     # ------------------------------------------------------------------------------- the step
 
-    def step(self, batch: Batch) -> Metrics:
-        """One optimizer step on the global batch; every rank calls it with the same batch."""
-        clock = _Clock()
+    def step(self, batch: Batch, clock: Clock | None = None) -> Metrics:
+        """One optimizer step on the global batch; every rank calls it with the same batch. The
+        phases that it went through are added to `clock`."""
+        clock = clock or Clock()
         stats = self._stats(batch)
         coefficients = self.objective.coefficients(stats, self.config.objective)
         clock.lap("perplexity")
         sums = self.backward(batch, coefficients)
         clock.lap("forward_backward")
-        self._reduce_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.optimizer.max_grad_norm
-        )
-        if torch.isfinite(norm):  # a step into NaN could never be taken back
+        self.student.sum_gradients()
+        norm = self.student.clip_gradients(self.config.optimizer.max_grad_norm)
+        lr = self.config.optimizer.lr * self._lr_factor(self.step_number)
+        if math.isfinite(norm):  # a step into NaN could never be taken back
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._schedule.step()
         self.step_number += 1
         clock.lap("optimizer")
         return {
             **_loss_metrics(sums),
             **_path_metrics(stats, coefficients),
-            "actor/grad_norm": float(norm),
-            "actor/lr": float(self._schedule.get_last_lr()[0]),
-            **clock.laps,
+            "actor/grad_norm": norm,
+            "actor/lr": lr,
         }
 
     def backward(self, batch: Batch, coefficients: Coefficients) -> Tensor:
@@ -114,10 +106,9 @@ class Learner:
             else max(1, int(batch.lengths[trained].sum()))
         )
         sums = torch.zeros(len(_SUMS), device=self.device)
-        for part in self._parts(batch, trained):
-            micro = MicroBatch.of(batch, part, self.device)
-            with self._precision():
-                logprobs = token_logprobs(self.model, micro.pack, self._temperatures)
+        for micro, last in self._micro_batches(batch, trained):
+            self.student.sums_at(last=last)
+            logprobs = self.student.forward(token_logprobs, micro.pack, self._temperatures)
             loss, part_sums = self._loss(micro, logprobs, coefficients)
             (loss / denominator).backward()  # type: ignore[no-untyped-call]
             sums += part_sums
@@ -184,59 +175,72 @@ class Learner:
             return nll
         correct_in_group = torch.bincount(batch.group, batch.correct.double())[batch.group]
         wanted = torch.nonzero(batch.correct & (correct_in_group > 1)).flatten().tolist()
-        for part in self._parts(batch, wanted):
-            micro = MicroBatch.of(batch, part, self.device)
-            with self._precision():
-                logprobs = token_logprobs(self.model, micro.pack, [1.0])[0]
+        for micro, _ in self._micro_batches(batch, wanted):
+            logprobs = self.student.forward(token_logprobs, micro.pack, [1.0])[0]
             nll.index_add_(0, micro.sequence, -logprobs)
         return _all_reduce(nll) / batch.lengths.clamp_min(1).to(self.device)
 
-    def _parts(self, batch: Batch, indices: Sequence[int]) -> list[list[int]]:
-        mine = share(batch, indices, self._rank, self._ranks)
-        return micro_batches(batch, mine, self.config.micro_batch_tokens)
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        enabled = self.config.autocast == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            yield
-
-    def _reduce_gradients(self) -> None:
-        """Sums gradients over ranks as one flat message; a rank without data adds zeros."""
-        if self._ranks == 1:
-            return
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        flat = torch.cat(
-            [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters]
-        )
-        for p, part in zip(
-            parameters, torch.split(_all_reduce(flat), [p.numel() for p in parameters]), strict=True
-        ):
-            p.grad = part.view_as(p)
+    def _micro_batches(
+        self, batch: Batch, indices: Sequence[int]
+    ) -> Iterator[tuple[MicroBatch, bool]]:
+        """This rank's micro-batches, and whether each is the last; filled up with idle ones when
+        the ranks have to go together and another has more."""
+        mine = share(batch, indices, self._rank, self.student.ranks)
+        parts = micro_batches(batch, mine, self.config.micro_batch_tokens)
+        rounds = self.student.rounds(len(parts))
+        for number in range(rounds):
+            part = parts[number] if number < len(parts) else []
+            made = MicroBatch.of(batch, part, self.device) if part else _idle(self.device)
+            yield made, number == rounds - 1
 
     # -------------------------------------------------------------------------- in and out
 
-    def weights(self) -> Weights:
-        """This version of the student, with the probe that engines check it by."""
-        probe = probe_tokens(self.model.config.get_text_config().vocab_size)
-        (logprobs,) = score(self.model, [probe], [1])
-        return Weights.flatten(self.step_number, self.model.named_parameters(), probe, logprobs)
+    def weights(self) -> Weights | None:
+        """This version of the student, with the probe that engines check it by. Every rank calls
+        it; the first gets the weights, the others None."""
+        probe = probe_tokens(self.student.model.config.get_text_config().vocab_size)
+        with torch.no_grad():
+            packed = pack([probe], [1]).to(self.device)
+            logprobs = self.student.forward(token_logprobs, packed, [1.0])[0].tolist()
+        tensors = (tensor for _, tensor in self.student.tensors())
+        if self._rank == 0:
+            return Weights.gather(
+                self.step_number, self.student.manifest(), tensors, probe, logprobs
+            )
+        deque(tensors, maxlen=0)  # takes its part in putting each together
+        return None
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a step depends on besides the model's own weights."""
-        return {
-            "step": self.step_number,
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "rng": torch.get_rng_state(),
+    def state(self) -> State:
+        """All that a step depends on: what a checkpoint holds, and is loaded into. The tensors
+        are the learner's own; `load_state` tells it that they were filled."""
+        state = {
+            "step": torch.tensor(self.step_number),
+            f"{RANK_PREFIX}{self._rank}.random": torch.get_rng_state(),
         }
+        if self.device.type == "cuda":
+            state[f"{RANK_PREFIX}{self._rank}.random_cuda"] = torch.cuda.get_rng_state(self.device)
+        for name, parameter in self.student.trained.items():
+            state[f"model.{name}"] = parameter.detach()
+            for moment, value in self._moments(parameter).items():
+                state[f"optimizer.{name}.{moment}"] = value
+        return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken; the model's weights are loaded before."""
-        self.step_number = state["step"]
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["rng"])
+    def load_state(self, state: State) -> None:
+        """Continues from a `state` whose tensors were filled with a saved one's."""
+        self.step_number = int(state["step"])
+        torch.set_rng_state(state[f"{RANK_PREFIX}{self._rank}.random"])
+        if self.device.type == "cuda":
+            random = state[f"{RANK_PREFIX}{self._rank}.random_cuda"]
+            torch.cuda.set_rng_state(random, self.device)
+
+    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """AdamW's state of a parameter, which it makes itself only in its first step."""
+        moments: dict[str, Tensor] = self._optimizer.state[parameter]
+        if not moments:
+            moments["step"] = torch.tensor(0.0)
+            moments["exp_avg"] = torch.zeros_like(parameter)
+            moments["exp_avg_sq"] = torch.zeros_like(parameter)
+        return moments
 
 
 # Sums over tokens that every rank collects, in this order.
@@ -280,9 +284,15 @@ def _all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _adamw(model: PreTrainedModel, config: OptimizerConfig) -> AdamW:
+def _idle(device: torch.device) -> MicroBatch:
+    """A forward that scores nothing, and whose gradients are zeros."""
+    nothing = torch.zeros(0, device=device)
+    return MicroBatch(pack([[0, 0]], [2]).to(device), nothing.long(), nothing, nothing)
+
+
+def _adamw(trained: Iterable[Tensor], config: OptimizerConfig) -> AdamW:
     """AdamW that decays matrices only: decaying norms and biases has no meaning."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(trained)
     return AdamW(
         [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -306,14 +316,21 @@ def _lr_factor(config: OptimizerConfig, total_steps: float) -> Callable[[int], f
     return factor
 
 
-class _Clock:
-    """Wall time of the phases of a step, in seconds."""
+class Clock:
+    """Wall time of the phases of a step, in seconds. Every instant is in exactly one of them, so
+    they add up to the time that has passed."""
 
     def __init__(self) -> None:
-        self.laps: Metrics = {}
+        self._laps: Metrics = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"timing_s/{name}"] = now - self._last
+        """Puts the time since the last lap down to `name`."""
+        now, key = time.perf_counter(), f"timing_s/{name}"
+        self._laps[key] = self._laps.get(key, 0.0) + now - self._last
         self._last = now
+
+    def take(self) -> Metrics:
+        """The phases since this was last called."""
+        laps, self._laps = self._laps, {}
+        return laps

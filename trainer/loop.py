@@ -2,9 +2,10 @@
 
 ┌─▶ wait        a step's groups from Redis (rank 0), broadcast to all ranks
 │   learn       perplexity, weights, gradients, AdamW          trainer.learner
-│   publish     new weights into the object store (rank 0); rollout picks them up
+│   publish     new weights off the device; a thread hands them to the store, rollout picks them up
 │   record      metrics, and progress: the feeder admits more prompts
-└── checkpoint  every n steps: durable first, then the groups are acknowledged in Redis
+└── checkpoint  every n steps: off the device, a thread makes it durable; then, and only then, the
+                groups are acknowledged in Redis
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -25,16 +27,19 @@ import torch
 import torch.distributed as dist
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, get_context
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from services.models import load_model, load_tokenizer
+from services.models import load_model, load_tokenizer, write_model
 from services.stage import Connection, totals
 from services.trajectory import ScoredGroup, decode
-from trainer import checkpoint
+from services.weights import Weights
 from trainer.batch import Batch
-from trainer.config import TrainerConfig
-from trainer.learner import Learner, Metrics
+from trainer.checkpoint import Checkpoint, CheckpointFailed, Progress, Saver, latest, ranges
+from trainer.config import CheckpointConfig, TrainerConfig
+from trainer.learner import Clock, Learner, Metrics
 from trainer.reader import GroupReader
+from trainer.storage import Storage
+from trainer.student import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +62,15 @@ class LoopConfig:
     seed: int = 0
 
     @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints"
-
-    @property
     def export(self) -> Path:
         return self.run_dir / "export"
+
+
+def checkpoints_of(config: CheckpointConfig, run_dir: Path) -> Storage:
+    """Where the checkpoints of a run are kept."""
+    if config.storage is None:
+        return Storage(run_dir / "checkpoints")
+    return Storage(f"{config.storage.rstrip('/')}/{run_dir.name}")
 
 
 def train_loop(config: LoopConfig) -> None:
@@ -71,36 +79,61 @@ def train_loop(config: LoopConfig) -> None:
         torch.set_num_threads(config.trainer.torch_threads)
     torch.manual_seed(config.seed)
     rank = get_context().get_world_rank()
-    found = checkpoint.latest(config.checkpoints)
+    storage = checkpoints_of(config.trainer.checkpoint, config.run_dir)
+    found = _from_first(latest(storage) if rank == 0 else None)
     learner = _learner(config, found)
+    saves = _Saves(learner, storage, config.trainer.checkpoint)
     if rank == 0:
-        _Leader(config, learner).lead(found)
+        _Leader(config, learner, saves).lead(found.progress if found else None)
     else:
-        while groups := _broadcast(None):
-            learner.step(_batch(groups))
+        _follow(learner, saves)
+    saves.close()
 
 
-def _learner(config: LoopConfig, found: checkpoint.Checkpoint | None) -> Learner:
-    device = str(get_device())
-    source = str(found.model) if found else config.student
-    model = load_model(source, dtype=config.trainer.dtype, device=device)
-    steps = -(-config.total_groups // config.trainer.groups_per_step)
-    learner = Learner(model, config.trainer, temperature=config.temperature, total_steps=steps)
+def _learner(config: LoopConfig, found: Checkpoint | None) -> Learner:
+    device = get_device()
+    # A model that is to be sharded need not fit on the device as a whole.
+    at = "cpu" if is_sharded(config.trainer, get_context().get_world_size()) else str(device)
+    learner = Learner(
+        load_model(config.student, dtype=config.trainer.dtype, device=at),
+        config.trainer,
+        temperature=config.temperature,
+        total_steps=-(-config.total_groups // config.trainer.groups_per_step),
+        device=device,
+    )
     if found:
-        learner.load_state_dict(found.trainer())
-        log.info("continuing from %s", found.path)
+        state = learner.state()
+        found.load(state)
+        learner.load_state(state)
+        log.info("continuing from %s", found)
     return learner
 
 
-class _Leader:
-    """Rank 0: the one that talks to Redis, the weight store and the disk."""
+def _follow(learner: Learner, saves: _Saves) -> None:
+    """What the other ranks do: the leader's steps, without Redis and without the weight store."""
+    learner.weights()
+    nothing: list[bytes] = []
+    while groups := _from_first(nothing):
+        learner.step(_batch(groups))
+        learner.weights()
+        if saves.due:
+            saves.take()
+            saves.begin()
+    saves.take()
+    saves.last()
+    learner.student.adapters()
 
-    def __init__(self, config: LoopConfig, learner: Learner) -> None:
+
+class _Leader:
+    """Rank 0: the one that talks to Redis and the weight store."""
+
+    def __init__(self, config: LoopConfig, learner: Learner, saves: _Saves) -> None:
         self._config = config
         self._learner = learner
+        self._saves = saves
         self._tokenizer = load_tokenizer(config.student)
-        self._store_checked = time.monotonic()
-        self._carried: Metrics = {}  # time spent after the last step's record
+        self._publisher = _Publisher(config.weight_store)
+        self._clock = Clock()
         self._reader = GroupReader(
             config.connection,
             need=learner.objective.teacher,
@@ -109,45 +142,190 @@ class _Leader:
             timeout_s=config.trainer.stall_timeout_s,
         )
 
-    def lead(self, found: checkpoint.Checkpoint | None) -> None:
+    def lead(self, progress: Progress | None) -> None:
         with asyncio.Runner() as runner:
-            runner.run(self._reader.start(found.progress if found else None))
+            runner.run(self._reader.start(progress))
             self._publish()
             while self._one_step(runner):
                 pass
-            self._checkpoint(runner)
-            checkpoint.export(self._config.export, self._learner.model, self._tokenizer)
+            self._settle(runner, self._saves.take())
+            self._settle(runner, self._saves.last(self._progress(), self._write_model))
             runner.run(self._reader.streams.redis.aclose())
+        self._publisher.wait()
+        self._write_model(self._config.export)
 
     def _one_step(self, runner: asyncio.Runner) -> bool:
         """One turn of the loop in the module's docstring; False when nothing is left."""
-        laps, self._carried = self._carried, {}
-        with _timed(laps, "wait"):
-            taken = runner.run(self._reader.next_step(self._look_after_store))
-            groups = _broadcast([item.payload for item in taken])
+        taken = runner.run(self._reader.next_step(self._publisher.look_after_store))
+        self._clock.lap("wait_groups")
+        groups = _from_first([item.payload for item in taken])
         if not groups:
             return False
         version = self._learner.step_number
         batch = _batch(groups)
-        metrics = self._learner.step(batch)
-        with _timed(laps, "publish"):
-            self._publish()
+        self._clock.lap("unpack")
+        metrics = self._learner.step(batch, self._clock)
+        self._publish()
         orders = [group.prompt.order for group in batch.groups]
         runner.run(self._reader.trained(self._learner.step_number, taken, orders))
-        runner.run(self._record(metrics | laps | _group_metrics(batch.groups, version)))
-        # After the record, so that no step of the surviving history goes without one. The time
-        # that it takes is the next step's, which waits for it.
-        if self._learner.step_number % self._config.trainer.checkpoint.every_steps == 0:
-            with _timed(self._carried, "checkpoint"):
-                self._checkpoint(runner)
+        runner.run(self._record(metrics | _group_metrics(batch.groups, version)))
+        self._clock.lap("record")
+        # After the record, so that no step of the surviving history goes without one.
+        if self._saves.due or self._saves.idle:
+            self._settle(runner, self._saves.take())
+            self._clock.lap("wait_checkpoint")
+        if self._saves.due:
+            self._saves.begin(self._progress(), self._write_model)
+            self._clock.lap("checkpoint")
         return True
 
     def _publish(self) -> None:
-        """Hands this version to the store; returns when the store owns it."""
+        """Copies this version off the device; it reaches the store beside the training."""
+        self._publisher.wait()
+        self._clock.lap("wait_publish")
         weights = self._learner.weights()
+        assert weights is not None  # this is the first rank
+        self._publisher.publish(weights)
+        self._clock.lap("publish")
+
+    def _progress(self) -> Progress:
+        return Progress(
+            step=self._learner.step_number,
+            entries=list(self._reader.unsettled),
+            covered=ranges(self._reader.covered),
+        )
+
+    def _settle(self, runner: asyncio.Runner, durable: Progress | None) -> None:
+        """Acknowledges what a durable checkpoint contains."""
+        if durable is not None:
+            runner.run(self._reader.settle(durable.entries))
+
+    def _write_model(self, path: Path) -> None:
+        """The version that was published last, as a Hugging Face directory."""
+        weights = self._publisher.published
+        tensors = {name: tensor.clone() for name, tensor in weights.tensors()}
+        write_model(path, self._learner.model.config, tensors, self._tokenizer)
+
+    async def _record(self, metrics: Metrics) -> None:
+        """Leaves the step's metrics for the driver, which writes them (XADD)."""
+        laps = self._clock.take()
+        metrics |= laps | {"checkpoint/failures": float(self._saves.failures)}
+        metrics["throughput/trained_tokens_per_s"] = metrics["tokens/trained"] / sum(laps.values())
+        record = {"step": self._learner.step_number, "time": time.time()} | metrics
+        streams = self._reader.streams
+        ledger = await streams.ledger()
+        record |= {f"queue/{name}": float(depth) for name, depth in ledger.depth.items()}
+        record["queue/dead"] = float(ledger.dead)
+        record |= totals((await streams.reports()).values())
+        await streams.redis.xadd(streams.key("metrics"), {"record": json.dumps(record)})
+
+
+class _Saves:
+    """A rank's checkpoints: all ranks go through the same calls. A save that fails (a full disk)
+    does not end the training: the one before is intact, and what was trained since stays in Redis
+    until one succeeds. Only the last one must."""
+
+    def __init__(self, learner: Learner, storage: Storage, config: CheckpointConfig) -> None:
+        self.failures = 0
+        self._learner, self._every = learner, config.every_steps
+        self._saver = Saver(storage, keep_last=config.keep_last, keep_every=config.keep_every)
+        self._durable_step = -1
+
+    @property
+    def due(self) -> bool:
+        return self._learner.step_number % self._every == 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether `take` would not wait."""
+        return self._saver.idle
+
+    def begin(
+        self, progress: Progress | None = None, model: Callable[[Path], None] | None = None
+    ) -> None:
+        """Copies the state off the device and lets it be written; only the first rank has more
+        to say of it."""
+        progress = progress or Progress(self._learner.step_number, [], [])
+        self._saver.save(self._learner.state(), progress, model)
+
+    def take(self) -> Progress | None:
+        """What the checkpoint that was begun contains, once it is durable; None when there is
+        none, or when it failed."""
+        try:
+            return self._finish()
+        except CheckpointFailed as error:
+            self.failures += 1
+            log.error("%s; training goes on and tries again", error)
+            return None
+
+    def last(
+        self, progress: Progress | None = None, model: Callable[[Path], None] | None = None
+    ) -> Progress | None:
+        """Makes this very step durable, unless it is.
+
+        Raises:
+            CheckpointFailed: it could not be written.
+        """
+        if self._durable_step == self._learner.step_number:
+            return None
+        self.begin(progress, model)
+        return self._finish()
+
+    def close(self) -> None:
+        self._saver.close()
+
+    def _finish(self) -> Progress | None:
+        done = self._saver.finish()
+        if done is not None:
+            self._durable_step = done.step
+        return done
+
+
+class _Publisher:
+    """Hands versions to the weight store beside the training, one at a time, and keeps the last,
+    because a store that was restarted must be given it again."""
+
+    def __init__(self, store: Any) -> None:
+        self.published: Weights
+        self._store = store
+        self._thread = ThreadPoolExecutor(1, "publish")
+        self._handing_over: Future[None] | None = None
+        self._looked = time.monotonic()
+
+    def publish(self, weights: Weights) -> None:
+        """Begins to hand over; `wait` must have been called before."""
+        self.published = weights
+        self._handing_over = self._thread.submit(self._hand_over, weights)
+
+    def wait(self) -> None:
+        """Returns when the store owns what was published.
+
+        Raises:
+            RayActorError: the store did not come back.
+        """
+        if self._handing_over is not None:
+            self._handing_over.result()
+            self._handing_over = None
+
+    def look_after_store(self) -> None:
+        """Publishes again when the store was restarted: without weights nothing is sampled, and
+        without samples there would be no next step to publish after."""
+        if time.monotonic() - self._looked < _LOOK_AFTER_S:
+            return
+        self._looked = time.monotonic()
+        self.wait()
+        try:
+            held = ray.get(self._store.version.remote(), timeout=_LOOK_AFTER_S)
+        except (RayActorError, GetTimeoutError) as error:
+            log.warning("the weight store cannot be reached: %s", error)
+            return
+        if held is None:
+            self.publish(self.published)
+
+    def _hand_over(self, weights: Weights) -> None:
         deadline = time.monotonic() + _PUBLISH_TIMEOUT_S
         while True:
-            done = self._config.weight_store.publish.remote(weights.version, weights)
+            done = self._store.publish.remote(weights.version, weights)
             try:
                 ray.get(done, timeout=_PUBLISH_TIMEOUT_S)
                 return
@@ -156,54 +334,16 @@ class _Leader:
                     raise
                 time.sleep(_PUBLISH_RETRY_S)
 
-    def _look_after_store(self) -> None:
-        """Publishes again when the store was restarted: without weights nothing is sampled, and
-        without samples there would be no next step to publish after."""
-        if time.monotonic() - self._store_checked < _LOOK_AFTER_S:
-            return
-        self._store_checked = time.monotonic()
-        try:
-            held = ray.get(self._config.weight_store.version.remote(), timeout=_LOOK_AFTER_S)
-        except (RayActorError, GetTimeoutError) as error:
-            log.warning("the weight store cannot be reached: %s", error)
-            return
-        if held is None:
-            self._publish()
 
-    def _checkpoint(self, runner: asyncio.Runner) -> None:
-        checkpoint.save(
-            self._config.checkpoints,
-            self._learner.model,
-            self._tokenizer,
-            self._learner.state_dict(),
-            checkpoint.Progress(
-                step=self._learner.step_number,
-                entries=self._reader.unsettled,
-                covered=checkpoint.ranges(self._reader.covered),
-            ),
-            keep_last=self._config.trainer.checkpoint.keep_last,
-        )
-        runner.run(self._reader.settle())
-
-    async def _record(self, metrics: Metrics) -> None:
-        """Leaves the step's metrics for the driver, which writes them (XADD)."""
-        seconds = sum(v for k, v in metrics.items() if k.startswith("timing_s/"))
-        metrics["throughput/trained_tokens_per_s"] = metrics["tokens/trained"] / seconds
-        streams = self._reader.streams
-        ledger = await streams.ledger()
-        depths = {f"queue/{name}": float(depth) for name, depth in ledger.depth.items()}
-        record = {"step": self._learner.step_number, "time": time.time()} | metrics | depths
-        record["queue/dead"] = float(ledger.dead)
-        record |= totals((await streams.reports()).values())
-        await streams.redis.xadd(streams.key("metrics"), {"record": json.dumps(record)})
+T = TypeVar("T")
 
 
-def _broadcast(payloads: list[bytes] | None) -> list[bytes]:
-    """Rank 0's groups on every rank; an empty list ends the training."""
-    box = [payloads]
+def _from_first(value: T) -> T:
+    """Rank 0's value on every rank."""
+    box = [value]
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
-    return box[0] or []
+    return box[0]
 
 
 def _batch(payloads: Sequence[bytes]) -> Batch:
@@ -229,19 +369,6 @@ def _group_metrics(groups: Sequence[ScoredGroup], version: int) -> Metrics:
     }
 
 
-class _timed:
-    """Adds the seconds that its block took to `laps`."""
-
-    def __init__(self, laps: Metrics, name: str) -> None:
-        self._laps, self._key = laps, f"timing_s/{name}"
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._laps[self._key] = time.perf_counter() - self._started
-
-
 def trainer(config: LoopConfig) -> Any:
     """The Ray Train run of the learner: `config.trainer.ranks` workers, restarted from the last
     checkpoint when one dies."""
@@ -249,6 +376,8 @@ def trainer(config: LoopConfig) -> Any:
     return TorchTrainer(
         # Not as train_loop_config: Ray Train shows that in its dashboard, passwords and all.
         functools.partial(train_loop, config),
+        # Checkpoints and what is offloaded travel between CPUs, gradients between devices.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.trainer.ranks,
             use_gpu=resources.gpus > 0,

@@ -122,10 +122,10 @@ class GroupReader:
         self.unsettled += [item.id for item in taken]
         await self.streams.advance(consumed=self.consumed, step=step)
 
-    async def settle(self) -> None:
-        """Acknowledges everything that the checkpoint just written contains."""
-        await self.streams.settle("scored", self.unsettled)
-        self.unsettled = []
+    async def settle(self, entries: Sequence[str]) -> None:
+        """Acknowledges the entries that a durable checkpoint contains: the first of `unsettled`."""
+        await self.streams.settle("scored", entries)
+        del self.unsettled[: len(entries)]
 
     async def _accept(self, claims: Sequence[Claim]) -> None:
         for item in claims:

@@ -31,7 +31,7 @@ METRICS = {
     "response_length/mean",
     "response_length/truncated_fraction",
     "actor/grad_norm",
-    "timing_s/wait",
+    "timing_s/wait_groups",
     "timing_s/forward_backward",
     "timing_s/optimizer",
     "timing_s/publish",

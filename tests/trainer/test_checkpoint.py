@@ -1,109 +1,214 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
 
-from services.packed import prepare
-from tests.builders import scored_group, tiny_model, tiny_tokenizer
-from trainer import checkpoint
+from tests.builders import scored_group, tiny_model
 from trainer.batch import Batch
-from trainer.checkpoint import Progress
+from trainer.checkpoint import CheckpointFailed, Progress, Saver, latest, ranges
 from trainer.config import OptimizerConfig, TrainerConfig
 from trainer.learner import Learner
+from trainer.storage import Storage
+
+MEMORY = "memory://bucket/run"
 
 
-def write(directory: Path, step: int, keep_last: int = 2) -> Path:
-    return checkpoint.save(
-        directory,
-        tiny_model(step),
-        tiny_tokenizer(),
-        {"step": step},
-        Progress(step=step, entries=[f"{step}-0"], covered=[(0, 4 * step), (50, 51)]),
-        keep_last=keep_last,
-    )
+@pytest.fixture(params=["disk", "object store"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "disk":
+        return Storage(tmp_path)
+    files = fsspec.filesystem("memory")
+    if files.exists("/bucket"):
+        files.rm("/bucket", recursive=True)
+    return Storage(MEMORY)
 
 
-def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        write(tmp_path, step)
-    found = checkpoint.latest(tmp_path)
+def state(step: int) -> dict[str, Tensor]:
+    return {"model.w": torch.full((100, 10), float(step)), "step": torch.tensor(step)}
+
+
+def saved(storage: Storage, *steps: int, keep_last: int = 2, keep_every: int | None = None) -> None:
+    saver = Saver(storage, keep_last=keep_last, keep_every=keep_every)
+    for step in steps:
+        progress = Progress(step, [f"{step}-0"], [(0, 4 * step), (50, 51)])
+        saver.save(state(step), progress, lambda path: (path / "config.json").write_text("{}"))
+        assert saver.finish() == progress
+    saver.close()
+
+
+def loaded_step(storage: Storage) -> int:
+    """The step of the newest whole one, after a look at its tensors."""
+    found = latest(storage)
+    assert found is not None
+    filled = state(0)
+    found.load(filled)
+    assert bool((filled["model.w"] == float(found.progress.step)).all())
+    return int(filled["step"])
+
+
+def test_the_newest_is_found_and_old_ones_go(storage: Storage) -> None:
+    saved(storage, 1, 2, 3)
+    found = latest(storage)
     assert found is not None
     assert found.progress == Progress(step=3, entries=["3-0"], covered=[(0, 12), (50, 51)])
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-000002", "step-000003"]
+    assert storage.names() == ["step-000002", "step-000003"]
+    assert loaded_step(storage) == 3
 
 
-@pytest.mark.parametrize("victim", ["trainer.pt", "state.json", "model/model.safetensors"])
+def test_those_of_every_so_many_steps_stay_with_their_model(storage: Storage) -> None:
+    saved(storage, *range(1, 8), keep_last=1, keep_every=3)
+    assert storage.names() == ["step-000003", "step-000006", "step-000007"]
+    assert storage.read("step-000003/model/config.json") == b"{}"
+    assert not storage.exists("step-000007/model")
+
+
+@pytest.mark.parametrize("victim", ["__0_0.distcp", ".metadata", "state.json"])
 @pytest.mark.parametrize("damage", ["missing", "torn"])
 def test_a_torn_one_falls_back_to_the_one_before(
-    tmp_path: Path, victim: str, damage: str, caplog: pytest.LogCaptureFixture
+    storage: Storage, victim: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write(tmp_path, 1)
-    file = write(tmp_path, 2) / victim
+    saved(storage, 1, 2)
+    file = f"step-000002/{victim}"
+    data = storage.read(file)
     if damage == "missing":
-        file.unlink()
+        storage.adapter().rm_file(file)
     else:
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    found = checkpoint.latest(tmp_path)
-    assert found is not None
-    assert found.progress.step == 1
+        storage.write(file, data[: len(data) // 2])
+    assert loaded_step(storage) == 1
     assert "step-000002 cannot be used" in caplog.text
+    saved(storage, 2)  # what comes after takes its place
+    assert loaded_step(storage) == 2
+
+
+def test_a_history_that_was_given_up_goes(storage: Storage) -> None:
+    saved(storage, 1, 2, 5)
+    saved(storage, 3)  # continued from 2
+    assert storage.names() == ["step-000002", "step-000003"]
+
+
+def test_no_checkpoint_is_none(storage: Storage, tmp_path: Path) -> None:
+    assert latest(storage) is None
+    (tmp_path / ".step-000001.tmp").mkdir()
+    assert latest(Storage(tmp_path)) is None
+
+
+def test_a_url_of_a_directory_is_that_directory(tmp_path: Path) -> None:
+    saved(Storage(f"file://{tmp_path}"), 1)
+    assert loaded_step(Storage(tmp_path)) == 1
+    assert Storage(f"file://{tmp_path}").renames
 
 
 @given(st.sets(st.integers(0, 60)))
 def test_ranges_hold_exactly_the_orders(orders: set[int]) -> None:
-    made = checkpoint.ranges(orders)
+    made = ranges(orders)
     assert list(Progress(0, [], made).orders) == sorted(orders)
     assert all(a[1] < b[0] for a, b in pairwise(made))
 
 
-def test_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
-    (tmp_path / ".step-000001.tmp").mkdir()
-    assert checkpoint.latest(tmp_path) is None
+def test_training_goes_on_while_one_is_written(tmp_path: Path) -> None:
+    """What is written is the state at `save`, whatever becomes of it afterwards."""
+    entered, released = threading.Event(), threading.Event()
+
+    def slow_model(path: Path) -> None:
+        entered.set()
+        assert released.wait(30)
+
+    saver = Saver(Storage(tmp_path), keep_last=2, keep_every=1)
+    trained = state(4)
+    saver.save(trained, Progress(4, [], []), slow_model)
+    trained["model.w"].zero_()  # the next step
+    assert entered.wait(30)
+    assert not saver.idle
+    assert latest(Storage(tmp_path)) is None
+    released.set()
+    assert saver.finish() is not None
+    saver.close()
+    assert loaded_step(Storage(tmp_path)) == 4
 
 
-def test_an_export_loads_in_transformers(tmp_path: Path) -> None:
-    model = prepare(tiny_model())
-    checkpoint.export(tmp_path, model, tiny_tokenizer())
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(loaded.get_parameter(name), parameter)
-    assert loaded(torch.tensor([[2, 3]])).logits.shape == (1, 2, 24)
-    assert AutoTokenizer.from_pretrained(tmp_path).decode([2, 3]) == "01"
+FULL = """
+import sys, torch
+from tests.trainer.test_checkpoint import saved, state
+from trainer.checkpoint import CheckpointFailed, Progress, Saver, latest
+from trainer.storage import Storage
+storage = Storage("/mnt/checkpoints")
+saved(storage, 1)
+saver = Saver(storage, keep_last=2)
+big = {"model.w": torch.ones(1 << 20)}  # 4 MiB on a disk of 1
+for attempt in range(2):
+    saver.save(big, Progress(2, ["lost"], []))
+    try:
+        saver.finish()
+    except CheckpointFailed as error:
+        print(error)
+print(storage.names(), latest(storage).progress.step)
+saver.save(state(3), Progress(3, [], []))  # as much as fits again
+print(saver.finish().step, latest(storage).progress.step)
+saver.close()
+"""
 
 
-def test_training_continues_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_one_before_and_the_room(tmp_path: Path) -> None:
+    """On a real file system of one megabyte."""
+    done = subprocess.run(
+        ["bwrap", "--dev-bind", "/", "/", "--size", "1000000", "--tmpfs", "/mnt",
+         sys.executable, "-W", "ignore", "-c", FULL],
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *errors, names, after = done.stdout.splitlines()
+    assert len(errors) == 2
+    for error in errors:
+        assert "step-000002 could not be written" in error
+        assert "No space left on device" in error
+        assert "the newest whole one is /mnt/checkpoints/step-000001" in error
+    assert names == "['step-000001'] 1"
+    assert after == "3 3"
+
+
+def learner(seed: int = 0) -> Learner:
     config = TrainerConfig(optimizer=OptimizerConfig(lr=1e-2, warmup_steps=3, schedule="cosine"))
+    return Learner(tiny_model(seed), config, temperature=1.0, total_steps=4)
+
+
+def test_training_continues_bit_for_bit(storage: Storage) -> None:
     batches = [
         Batch.of([scored_group(["correct", "correct", "incorrect"], order=i)]) for i in range(4)
     ]
-
-    def learner(model: torch.nn.Module) -> Learner:
-        return Learner(model, config, temperature=1.0, total_steps=4)  # type: ignore[arg-type]
-
-    straight = learner(tiny_model())
+    straight = learner()
     expected = [straight.step(b)["loss/mle"] for b in batches]
-    first = learner(tiny_model())
+    first = learner()
     got = [first.step(b)["loss/mle"] for b in batches[:2]]
-    checkpoint.save(
-        tmp_path,
-        first.model,
-        tiny_tokenizer(),
-        first.state_dict(),
-        Progress(2, [], []),
-        keep_last=1,
-    )
-    found = checkpoint.latest(tmp_path)
+    saver = Saver(storage, keep_last=1)
+    saver.save(first.state(), Progress(2, [], []))
+    saver.finish()
+    saver.close()
+    found = latest(storage)
     assert found is not None
-    second = learner(AutoModelForCausalLM.from_pretrained(found.model))
-    second.load_state_dict(found.trainer())
+    second = learner(seed=1)
+    filled = second.state()
+    found.load(filled)
+    second.load_state(filled)
     got += [second.step(b)["loss/mle"] for b in batches[2:]]
     assert got == expected
     for a, b in zip(second.model.parameters(), straight.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    saved(Storage(tmp_path), 1)
+    found = latest(Storage(tmp_path))
+    assert found is not None
+    with pytest.raises(CheckpointFailed, match=r"step-000001 cannot be loaded: .*model.lm_head"):
+        found.load({"model.lm_head": torch.zeros(3)})

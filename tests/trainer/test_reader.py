@@ -49,7 +49,7 @@ async def test_full_steps_then_a_short_one_then_the_end(
     assert sizes == [2, 1]
     ledger = await streams.ledger()
     assert (ledger.consumed, ledger.trained, ledger.step) == (3, 0, 2)
-    await source.settle()
+    await source.settle(list(source.unsettled))
     assert (await streams.ledger()).trained == 3
     assert (await streams.ledger()).exact
 
@@ -82,7 +82,7 @@ async def test_a_checkpoint_that_redis_is_ahead_of_is_refused(
     await before.start(None)
     step = await before.next_step()
     await before.trained(1, step, orders(step))
-    await before.settle()
+    await before.settle(list(before.unsettled))
     with pytest.raises(HistoryGap, match=r"Redis has 2 trained prompts, .* continued 0"):
         await reader(connection, total=2).start(None)
 
