@@ -59,21 +59,41 @@ class Prompt:
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
     """One sampled completion. `logprobs` are under the distribution that sampled it
-    (temperature applied), as the importance ratio needs them."""
+    (temperature applied), as the importance ratio needs them.
+
+    `version_runs` tells which weights sampled which tokens, where they changed on the way: `(t, v)`
+    says that version `v` sampled from token `t` on, until the next run. Empty when all tokens come
+    from the group's version.
+    """
 
     token_ids: TokenIds  # [T]
     logprobs: LogProbs  # [T]
     finish: Finish
     text: str
+    version_runs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RolloutGroup:
-    """All trajectories of one prompt, sampled under one version of the student's weights."""
+    """All trajectories of one prompt. `weight_version` is the oldest that any of their tokens was
+    sampled from."""
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
     weight_version: int
+
+    def token_versions(self, place: int) -> npt.NDArray[np.int64]:
+        """[T] the version of the weights that each token of one trajectory was sampled from."""
+        trajectory = self.trajectories[place]
+        starts, versions = zip(*trajectory.version_runs or [(0, self.weight_version)], strict=True)
+        return np.repeat(versions, np.diff([*starts, len(trajectory.token_ids)]))
+
+    @property
+    def mean_weight_version(self) -> float:
+        """Over all tokens; of an empty group its own."""
+        versions = [self.token_versions(place) for place in range(len(self.trajectories))]
+        flat = np.concatenate([*versions, np.empty(0, np.int64)])
+        return float(flat.mean()) if len(flat) else float(self.weight_version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +172,8 @@ def encode(item: Item) -> bytes:
         rollout = item if isinstance(item, RolloutGroup) else item.rollout
         header["weight_version"] = rollout.weight_version
         header["trajectories"] = [
-            [t.finish, t.text, len(t.token_ids)] for t in rollout.trajectories
+            [t.finish, t.text, len(t.token_ids), *([t.version_runs] if t.version_runs else [])]
+            for t in rollout.trajectories
         ]
         arrays["token_ids"] = _concat(
             [t.token_ids for t in rollout.trajectories], np.dtype(np.int32)
@@ -237,14 +258,14 @@ def _build(kind: type[Item], header: dict[str, Any], arrays: dict[str, npt.NDArr
     )
     if kind is Prompt:
         return prompt
-    lengths = [length for _, _, length in header["trajectories"]]
+    lengths = [length for _, _, length, *_ in header["trajectories"]]
     tokens = _split(arrays["token_ids"], lengths)
     logprobs = _split(arrays["logprobs"], lengths)
     rollout = RolloutGroup(
         prompt=prompt,
         trajectories=tuple(
-            Trajectory(token_ids=ids, logprobs=lp, finish=finish, text=text)
-            for (finish, text, _), ids, lp in zip(
+            Trajectory(ids, lp, finish, text, tuple((t, v) for t, v in runs[0]) if runs else ())
+            for (finish, text, _, *runs), ids, lp in zip(
                 header["trajectories"], tokens, logprobs, strict=True
             )
         ),

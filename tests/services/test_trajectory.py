@@ -26,6 +26,7 @@ from services.trajectory import (
     encode,
     order_of,
 )
+from tests.builders import prompt
 
 ids = arrays(np.int32, st.integers(0, 20), elements=st.integers(0, 2**31 - 1))
 
@@ -57,7 +58,11 @@ prompts = st.builds(
 def trajectories(draw: st.DrawFn) -> Trajectory:
     tokens = draw(ids)
     finish = draw(st.sampled_from(get_args(Finish)))
-    return Trajectory(tokens, draw(logprobs(len(tokens))), finish, draw(st.text()))
+    starts = draw(st.sets(st.integers(1, len(tokens) - 1))) if len(tokens) > 1 else set()
+    runs = tuple((start, 3 + number) for number, start in enumerate([0, *sorted(starts)]))
+    return Trajectory(
+        tokens, draw(logprobs(len(tokens))), finish, draw(st.text()), runs if starts else ()
+    )
 
 
 rollouts = st.builds(
@@ -113,6 +118,16 @@ def assert_same(got: object, expected: object) -> None:
 @given(items)
 def test_round_trip(item: Item) -> None:
     assert_same(decode(type(item), encode(item)), item)
+
+
+def test_every_token_has_the_version_of_its_run() -> None:
+    runs: list[tuple[tuple[int, int], ...]] = [(), ((0, 4), (1, 5), (3, 9))]
+    made = [Trajectory(np.zeros(4, np.int32), np.zeros(4, np.float32), "stop", "", r) for r in runs]
+    group = RolloutGroup(prompt(), tuple(made), weight_version=4)
+    assert group.token_versions(0).tolist() == [4, 4, 4, 4]
+    assert group.token_versions(1).tolist() == [4, 5, 5, 9]
+    assert group.mean_weight_version == (4 * 4 + 4 + 5 + 5 + 9) / 8
+    assert RolloutGroup(prompt(), (), weight_version=4).mean_weight_version == 4
 
 
 @given(items)
