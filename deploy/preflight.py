@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from deploy.config import ConfigError, RunConfig
 from rollout.config import DataConfig, SamplingConfig
+from rollout.engine import check_engine
 from rollout.prompts import DataError, PromptSource, load_rows
+from services.engines import EngineError, vllm_can_check
 from services.models import Fingerprint, ModelError, differences, fingerprint, load_tokenizer
+from teacher.scorer import check_scorer
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ def check(config: RunConfig) -> Preflight:
     except ModelError as error:
         raise ConfigError(str(error)) from None
     problems, warnings = _models(config, student, teacher)
+    problems += _engines(config)
     train = _source(config.data, config.sampling, tokenizer, config.seed)
     heldout = None
     if (held := config.evaluation) is not None:
@@ -46,6 +54,31 @@ def check(config: RunConfig) -> Preflight:
     if problems:
         raise ConfigError("; ".join(problems))
     return Preflight(student, teacher, train, heldout, total, warnings)
+
+
+def _engines(config: RunConfig) -> list[str]:
+    """What vLLM, where it is installed, has against its arguments. It is asked in a process of its
+    own, because importing it changes the environment that every process of the run would inherit.
+    """
+    if not any(vllm_can_check(room.engine) for room in (config.rollout, config.teacher)):
+        return _refusals(config)
+    own = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, own, logging.disable, (logging.WARNING,)) as process:
+        return process.submit(_refusals, config).result()
+
+
+def _refusals(config: RunConfig) -> list[str]:
+    found = []
+    checks: tuple[partial[None], ...] = (
+        partial(check_engine, config.rollout, config.student),
+        partial(check_scorer, config.teacher),
+    )
+    for refuse in checks:
+        try:
+            refuse()
+        except EngineError as error:
+            found.append(str(error))
+    return found
 
 
 def _source(

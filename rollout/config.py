@@ -60,9 +60,10 @@ class SamplingEngineConfig(EngineConfig):
     log-probs of the distribution that was sampled from, temperature applied, as the importance
     ratio needs them."""
 
-    in_flight: Literal["wait"] = "wait"
-    """What becomes of groups in flight when new weights come in: they are finished first, so that
-    all tokens of a group come from one version."""
+    in_flight: Literal["wait", "keep"] = "wait"
+    """What becomes of groups in flight when new weights come in. `wait`: they are finished first,
+    so that all tokens of a group come from one version. `keep` (vLLM only): they go on under the
+    new weights, and every token's version is recorded; no long answer holds up an update."""
 
 
 class RolloutConfig(Config):

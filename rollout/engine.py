@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rollout.config import RolloutConfig
 from services import engines
+from services.engines import EngineError
 from services.models import end_tokens, probe_difference
 from services.stage import BadItem, PatienceExceeded
 from services.trajectory import Finish, LogProbs, Sampling, TokenIds
@@ -23,11 +24,12 @@ class Completion:
     token_ids: TokenIds  # [T]
     logprobs: LogProbs  # [T]
     finish: Finish
+    version_runs: tuple[tuple[int, int], ...] = ()  # see services.trajectory.Trajectory
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A group's completions, and the version of the weights that all of their tokens come from."""
+    """A group's completions, and the oldest version of the weights that sampled their tokens."""
 
     completions: tuple[Completion, ...]
     weight_version: int
@@ -38,6 +40,7 @@ class Engine(Protocol):
 
     async def sample(self, prompt_ids: Sequence[int], sampling: Sampling) -> Sampled:
         """`sampling.n` completions of a prompt; the same ones for the same seed and weights.
+        Every token that is returned was sampled from weights that passed the probe.
 
         Raises:
             services.stage.BadItem: this can never be sampled.
@@ -48,9 +51,10 @@ class Engine(Protocol):
         ...
 
     async def load_weights(self, weights: Weights) -> None:
-        """Changes to `weights` between two groups. The probe is checked in the same step, so
-        that not one token is ever sampled from weights that are not the learner's: after a
-        failure the engine samples nothing until weights pass.
+        """Changes to `weights`, between two groups or, where the engine is told to, between two
+        tokens. The probe is checked in the same step, so that no token of weights that are not
+        the learner's is ever returned: after a failure the engine samples nothing until weights
+        pass.
 
         Raises:
             WeightsMismatch: these are not this model's weights, or they came out as others.
@@ -83,7 +87,7 @@ def build_engine(config: RolloutConfig, model_path: str) -> Engine:
         services.engines.EngineError: the engine is not available.
         services.models.ModelError: the model is not.
     """
-    if engines.choose(config.engine, "rollout.engine") == "vllm":
+    if _choose(config) == "vllm":
         from rollout.vllm_engine import VLLMEngine
 
         return VLLMEngine(config, model_path)
@@ -95,6 +99,32 @@ def build_engine(config: RolloutConfig, model_path: str) -> Engine:
         batch_sequences=config.batch_sequences,
         probe_tolerance=config.probe_tolerance,
     )
+
+
+def check_engine(config: RolloutConfig, model_path: str) -> None:
+    """Refuses what `build_engine` would, as far as that can be told without loading anything:
+    vLLM's arguments are checked by vLLM, where it is installed.
+
+    Raises:
+        services.engines.EngineError: see `build_engine`.
+        services.models.ModelError: there is no such model.
+    """
+    if engines.vllm_can_check(config.engine):
+        from rollout.vllm_engine import check
+
+        check(config, model_path)
+    elif config.engine.kind == "transformers":
+        _choose(config)
+
+
+def _choose(config: RolloutConfig) -> Literal["vllm", "transformers"]:
+    kind = engines.choose(config.engine, "rollout.engine")
+    if kind == "transformers" and config.engine.in_flight == "keep":
+        raise EngineError(
+            "rollout.engine.in_flight: the transformers engine always finishes what is in flight; "
+            "'keep' needs rollout.engine.kind 'vllm'"
+        )
+    return kind
 
 
 def check_request(prompt_ids: Sequence[int], sampling: Sampling, *, vocab_size: int) -> None:

@@ -1,9 +1,13 @@
 """Sampling with vLLM: prompts of all callers in flight at once, weights changed in place.
 
 sample ──▶ turnstile ──▶ AsyncLLM: one request a group, its n samples share the prefill
-load_weights ─▶ close the turnstile ─▶ groups in flight finish ─▶ pause ─▶ transfer
-                      ▲                                                       │
-                      └────── open ◀── probe equals the learner's ◀── resume ─┘
+load_weights ─▶ close the turnstile ─▶ pause ─▶ transfer ─▶ resume
+                      ▲                                       │
+                      └─── open ◀── probe equals the learner's ┘
+
+Groups in flight are finished before the pause (`wait`) or frozen by it (`keep`). Frozen ones lose
+their KV cache, which the old weights filled: on resuming it is computed again from their tokens, so
+that each token is sampled from exactly what one version says of all the tokens before it.
 """
 
 from __future__ import annotations
@@ -36,12 +40,14 @@ from rollout.engine import (
     check_request,
 )
 from services import vllm_core
+from services.config import EngineConfig
 from services.models import end_tokens, parameter_shapes
 from services.stage import BadItem, Unavailable
 from services.trajectory import Sampling
 from services.weights import Weights
 
 SECTION = "rollout.engine"  # of a run's config, for messages
+_FIRST = -1  # priority: lower is sooner, and samples have 0
 _EXTENSION = f"{vllm_transfer.__name__}.{vllm_transfer.WorkerExtension.__name__}"
 
 
@@ -58,6 +64,8 @@ def engine_args(config: RolloutConfig, model_path: str) -> AsyncEngineArgs:
         SECTION,
         fixed={
             "logprobs_mode": "processed_logprobs",
+            # So that the probe need not wait behind what goes on under weights not yet proven.
+            "scheduling_policy": "priority",
             # When a prompt is prefilled in parts, vLLM 0.32 rewinds its random stream, which
             # streams on a CPU cannot do: the engine would die.
             **({"enable_chunked_prefill": False} if vllm_core.on_cpu() else {}),
@@ -67,6 +75,15 @@ def engine_args(config: RolloutConfig, model_path: str) -> AsyncEngineArgs:
             "weight_transfer_config": {"backend": vllm_transfer.BACKEND},
         },
     )
+
+
+def check(config: RolloutConfig, model_path: str) -> None:
+    """See `rollout.engine.check_engine`."""
+
+    def make(engine: EngineConfig) -> AsyncEngineArgs:
+        return engine_args(config.model_copy(update={"engine": engine}), model_path)
+
+    vllm_core.check(make, config.engine, SECTION)
 
 
 class VLLMEngine:
@@ -85,6 +102,7 @@ class VLLMEngine:
         self._end_tokens = list(end_tokens(model_path))
         self._shapes = parameter_shapes(model_path)
         self._tolerance = config.probe_tolerance
+        self._in_flight = config.engine.in_flight
         self._running = vllm_core.start(engine_args(config, model_path), SECTION)
         self._llm = self._running.llm
         self._turnstile = _Turnstile()
@@ -93,18 +111,21 @@ class VLLMEngine:
     async def sample(self, prompt_ids: Sequence[int], sampling: Sampling) -> Sampled:
         """See `rollout.engine.Engine`. A cancelled call frees its place in the engine."""
         self._check(prompt_ids, sampling)
-        async with self._turnstile.passing() as version:
+        async with self._turnstile.passing():
             with _told_when_dead():
                 output = await vllm_core.last_output(self._llm, prompt_ids, self._params(sampling))
-        return Sampled(tuple(_completion(c) for c in output.outputs), version)
+        return _sampled(output.outputs)
 
     async def load_weights(self, weights: Weights) -> None:
-        """See `rollout.engine.Engine`. Groups in flight are finished first."""
-        async with self._turnstile.closed() as opening:
+        """See `rollout.engine.Engine`. Groups in flight are finished first, or go on under the
+        new weights, as `in_flight` says."""
+        async with self._turnstile.closed(drained=self._in_flight == "wait") as opening:
             check_manifest(weights, self._shapes)
             with _told_when_dead():
                 await self._transfer(weights)
-                logprobs = await vllm_core.sequence_logprobs(self._llm, weights.probe_ids)
+                logprobs = await vllm_core.sequence_logprobs(
+                    self._llm, weights.probe_ids, priority=_FIRST
+                )
             check_probe(weights, logprobs, self._tolerance)
             opening.version = weights.version
 
@@ -113,12 +134,12 @@ class VLLMEngine:
         await self._running.close()
 
     async def _transfer(self, weights: Weights) -> None:
-        """Changes the weights; what was cached under the old ones is dropped."""
+        """Changes the weights. What was cached under the old ones is dropped."""
         llm = self._llm
         if not self._connected:
             await llm.init_weight_transfer_engine(WeightTransferInitRequest())
             self._connected = True
-        await llm.pause_generation(mode="wait", clear_cache=True)
+        await llm.pause_generation(mode="keep", clear_cache=True)
         try:
             with vllm_transfer.shared(weights) as update:
                 await llm.start_weight_update()
@@ -161,7 +182,16 @@ def _told_when_dead() -> Iterator[None]:
         raise EngineDied("vLLM's engine process died; its log says why") from error
 
 
-def _completion(output: CompletionOutput) -> Completion:
+def _sampled(outputs: Sequence[CompletionOutput]) -> Sampled:
+    runs = [tuple((s.start, int(s.version)) for s in o.weight_versions or ()) for o in outputs]
+    versions = {version for run in runs for _, version in run}
+    if len(versions) == 1:
+        runs = [()] * len(outputs)
+    made = tuple(_completion(o, r) for o, r in zip(outputs, runs, strict=True))
+    return Sampled(made, min(versions))
+
+
+def _completion(output: CompletionOutput, runs: tuple[tuple[int, int], ...]) -> Completion:
     if output.finish_reason not in ("stop", "length"):
         raise SamplingError(f"vLLM ended a completion with {output.finish_reason!r}")
     flat: Any = output.logprobs
@@ -169,7 +199,7 @@ def _completion(output: CompletionOutput) -> Completion:
     if not np.isfinite(logprobs).all():
         raise SamplingError("the model computed log-probs that are no numbers")
     ids = np.array(output.token_ids, np.int32)
-    return Completion(ids, logprobs, output.finish_reason)
+    return Completion(ids, logprobs, output.finish_reason, runs)
 
 
 class _Opening:
@@ -179,8 +209,8 @@ class _Opening:
 
 
 class _Turnstile:
-    """Lets groups through while verified weights are loaded, and weights change only while no
-    group is inside."""
+    """Lets groups in while verified weights are loaded, and out when those that sampled them
+    are."""
 
     def __init__(self) -> None:
         self._changed = asyncio.Condition()
@@ -189,34 +219,45 @@ class _Turnstile:
         self._inside = 0
 
     @asynccontextmanager
-    async def passing(self) -> AsyncIterator[int]:
-        """Waits while it is closed; the version that holds inside of the block."""
+    async def passing(self) -> AsyncIterator[None]:
+        """Waits while it is closed; and again after the block, when weights changed meanwhile,
+        for the verdict on them.
+
+        Raises:
+            services.stage.Unavailable: no weights that passed the probe are loaded.
+        """
         async with self._changed:
             await self._changed.wait_for(lambda: not self._closed)
-            if self._version is None:
-                raise Unavailable("the engine has no weights that passed the probe")
+            self._require_weights()
             self._inside += 1
-            version = self._version
         try:
-            yield version
+            yield
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._version is not None or not self._closed)
+                self._require_weights()
         finally:
             self._inside -= 1
             async with self._changed:
                 self._changed.notify_all()
 
     @asynccontextmanager
-    async def closed(self) -> AsyncIterator[_Opening]:
-        """Closes, waits until nobody is inside, and opens again after the block."""
+    async def closed(self, *, drained: bool) -> AsyncIterator[_Opening]:
+        """Closes, waits until nobody is inside if it is to be drained, and opens again after the
+        block."""
         async with self._changed:
             await self._changed.wait_for(lambda: not self._closed)
             self._closed = True
         opening = _Opening()
         try:
             async with self._changed:
-                await self._changed.wait_for(lambda: not self._inside)
+                await self._changed.wait_for(lambda: not (drained and self._inside))
             self._version = None
             yield opening
         finally:
             async with self._changed:
                 self._version, self._closed = opening.version, False
                 self._changed.notify_all()
+
+    def _require_weights(self) -> None:
+        if self._version is None:
+            raise Unavailable("the engine has no weights that passed the probe")

@@ -46,6 +46,13 @@ def choose(engine: EngineConfig, section: str) -> Literal["vllm", "transformers"
     return kind
 
 
+def vllm_can_check(engine: EngineConfig) -> bool:
+    """Whether `engine.args` are for a vLLM that is installed here. Where the kind is `auto` they
+    are: nothing else takes any, and the machine that has the GPUs may be another one."""
+    wanted = engine.kind == "vllm" or (engine.kind == "auto" and bool(engine.args))
+    return wanted and find_spec("vllm") is not None
+
+
 def load(engine: EngineConfig, model: str) -> PreTrainedModel:
     """The model of a directory, in evaluation mode, on the device and in the precision that the
     transformers engine is configured for.

@@ -15,11 +15,13 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
+import vllm.config
+from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
@@ -106,10 +108,11 @@ def engine_args(
         services.engines.EngineError: an argument is unknown, taken or refused by vLLM.
         services.models.ModelError: there is no such model.
     """
-    if engine.device not in ("auto", current_platform.device_type):
+    found = current_platform.device_type  # empty where vLLM finds no device at all
+    if found and engine.device not in ("auto", found):
         raise EngineError(
-            f"this vLLM runs on {current_platform.device_type!r}, not on {engine.device!r}: set "
-            f"{section}.device to 'auto'; which GPUs it takes is up to CUDA_VISIBLE_DEVICES"
+            f"this vLLM runs on {found!r}, not on {engine.device!r}: set {section}.device to "
+            "'auto'; which GPUs it takes is up to CUDA_VISIBLE_DEVICES"
         )
     dtype = engine.dtype
     own = {
@@ -125,14 +128,38 @@ def engine_args(
         return AsyncEngineArgs(**merged)
 
 
-def check(args: AsyncEngineArgs, section: str) -> None:
-    """Lets vLLM validate its arguments against the model and this machine, starting nothing.
+def check(
+    make: Callable[[EngineConfig], AsyncEngineArgs], engine: EngineConfig, section: str
+) -> None:
+    """Lets vLLM validate its arguments against the model and this machine, starting nothing. Where
+    vLLM finds no device, only their names and forms are checked.
+
+    Args:
+        make: what vLLM would be started with under given settings.
+        engine: the settings.
+        section: where they stand in the run's config.
 
     Raises:
-        services.engines.EngineError: vLLM refuses them.
+        services.engines.EngineError: vLLM refuses them; the culprit is named, if it is only one.
     """
-    with _refusals(section), _environment(args):
-        args.create_engine_config()
+
+    def refusal(args: Mapping[str, Any]) -> str:
+        try:
+            made = make(engine.model_copy(update={"args": args}))
+            with _refusals(section), _environment(made):
+                if current_platform.device_type:
+                    made.create_engine_config()
+        except EngineError as error:
+            return str(error)
+        return ""
+
+    message = refusal(engine.args)
+    if not message:
+        return
+    for name in engine.args:
+        if not refusal({other: v for other, v in engine.args.items() if other != name}):
+            message = message.replace(f"{section}.args:", f"{section}.args.{name}:", 1)
+    raise EngineError(message)
 
 
 def start(args: AsyncEngineArgs, section: str) -> Running:
@@ -149,22 +176,25 @@ def start(args: AsyncEngineArgs, section: str) -> Running:
 
 
 async def last_output(
-    llm: AsyncLLM, token_ids: Sequence[int], params: SamplingParams
+    llm: AsyncLLM, token_ids: Sequence[int], params: SamplingParams, priority: int = 0
 ) -> RequestOutput:
-    """The finished output of one prompt. Cancelling the caller aborts it in the engine.
+    """The finished output of one prompt. Cancelling the caller aborts it in the engine. A lower
+    priority is served sooner, where the engine schedules by it.
 
     Raises:
         vllm.v1.engine.exceptions.EngineDeadError: the engine's processes are gone.
     """
     prompt = tokens_input(list(token_ids))
     final: RequestOutput | None = None
-    async for output in llm.generate(prompt, params, uuid.uuid4().hex):
+    async for output in llm.generate(prompt, params, uuid.uuid4().hex, priority=priority):
         final = output
     assert final is not None  # vLLM ends with an output or an error
     return final
 
 
-async def sequence_logprobs(llm: AsyncLLM, token_ids: Sequence[int]) -> list[float]:
+async def sequence_logprobs(
+    llm: AsyncLLM, token_ids: Sequence[int], priority: int = 0
+) -> list[float]:
     """Log-probs (nats, temperature 1) of `token_ids[1:]`, by one prefill."""
     params = SamplingParams(
         max_tokens=1,
@@ -174,7 +204,7 @@ async def sequence_logprobs(llm: AsyncLLM, token_ids: Sequence[int]) -> list[flo
         ignore_eos=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    flat: Any = (await last_output(llm, token_ids, params)).prompt_logprobs
+    flat: Any = (await last_output(llm, token_ids, params, priority)).prompt_logprobs
     # The first token has none; of every other one, the first entry is the token itself.
     return [float(flat.logprobs[start]) for start in flat.start_indices[1:]]
 
@@ -183,8 +213,25 @@ async def sequence_logprobs(llm: AsyncLLM, token_ids: Sequence[int]) -> list[flo
 def _refusals(section: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError) as error:  # pydantic's errors among them
-        raise EngineError(f"{section}.args: vLLM refuses its arguments: {error}") from error
+    except ValidationError as error:
+        problems = "; ".join(_sentence(error.title, problem) for problem in error.errors())
+        raise EngineError(f"{section}.args: vLLM refuses: {problems}") from error
+    except (ValueError, TypeError) as error:
+        raise EngineError(f"{section}.args: vLLM refuses: {error}") from error
+
+
+def _sentence(title: str, problem: Any) -> str:
+    """One of pydantic's errors about vLLM's config class `title`, in words."""
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"{title} has no field {name!r}{_hint(name, fields(getattr(vllm.config, title)))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message
+
+
+def _hint(name: str, known: Iterable[Field[Any]]) -> str:
+    near = difflib.get_close_matches(name, [field.name for field in known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 @contextmanager
@@ -204,11 +251,11 @@ def _environment(args: AsyncEngineArgs) -> Iterator[None]:
 
 
 def _check_names(args: Mapping[str, Any], own: Mapping[str, Any], section: str) -> None:
-    known = {field.name for field in fields(AsyncEngineArgs)}
+    free = [field for field in fields(AsyncEngineArgs) if field.name not in own]
     for name in args:
         if name in own:
             raise EngineError(f"{section}.args.{name} is set by this engine itself: leave it out")
-        if name not in known:
-            near = difflib.get_close_matches(name, known - own.keys(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise EngineError(f"{section}.args: vLLM's engine has no argument {name!r}{hint}")
+        if all(field.name != name for field in free):
+            raise EngineError(
+                f"{section}.args: vLLM's engine has no argument {name!r}{_hint(name, free)}"
+            )

@@ -51,6 +51,23 @@ def build_scorer(config: TeacherConfig) -> Scorer:
     return PackedScorer(model, batch_tokens=config.batch_tokens)
 
 
+def check_scorer(config: TeacherConfig) -> None:
+    """Refuses what `build_scorer` would, as far as that can be told without loading anything:
+    vLLM's arguments are checked by vLLM, where it is installed.
+
+    Raises:
+        services.engines.EngineError: see `build_scorer`.
+        services.models.ModelError: there is no such model.
+    """
+    longest = model_card(config).limits.max_sequence_tokens
+    if engines.vllm_can_check(config.engine):
+        from teacher.vllm_scorer import check
+
+        check(config, longest)
+    elif config.engine.kind == "transformers":
+        engines.choose(config.engine, "teacher.engine")
+
+
 def model_card(config: TeacherConfig) -> ModelCard:
     """What the server tells about its model, read from the model's directory.
 

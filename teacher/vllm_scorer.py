@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from services import vllm_core
+from services.config import EngineConfig
 from teacher.api import InvalidLogProbs, valid_logprobs
 from teacher.config import TeacherConfig
 from teacher.scorer import ScoringError
@@ -40,6 +41,15 @@ def engine_args(config: TeacherConfig, longest: int) -> AsyncEngineArgs:
             "enable_chunked_prefill": True,
         },
     )
+
+
+def check(config: TeacherConfig, longest: int) -> None:
+    """See `teacher.scorer.check_scorer`."""
+
+    def make(engine: EngineConfig) -> AsyncEngineArgs:
+        return engine_args(config.model_copy(update={"engine": engine}), longest)
+
+    vllm_core.check(make, config.engine, SECTION)
 
 
 class VLLMScorer:

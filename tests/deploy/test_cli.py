@@ -64,6 +64,11 @@ def test_check_prints_the_config_and_what_a_run_would_do() -> None:
         ("student=/nowhere", "scope: /nowhere is not a model directory: it has no config.json"),
         ("data.path=/nowhere.parquet", "scope: there is no file /nowhere.parquet"),
         ("sampling.max_tokens=100000", "past the student's context of"),
+        (
+            "rollout.engine={kind: vllm, args: {max_num_seq: 8}}",
+            "rollout.engine.args.max_num_seq: vLLM's engine has no argument 'max_num_seq'; "
+            "did you mean 'max_num_seqs'?",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_sentence(override: str, sentence: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rollout.config import RolloutConfig
-from rollout.engine import build_engine
+from rollout.engine import build_engine, check_engine
 from rollout.transformers_engine import TransformersEngine
 from services.engines import EngineError
 from services.models import ModelError
@@ -34,6 +34,17 @@ async def test_a_directory_becomes_an_engine(student: Path, kind: str) -> None:
 def test_arguments_that_would_be_ignored_are_refused(student: Path) -> None:
     with pytest.raises(EngineError, match="takes no arguments, got a"):
         build_engine(config(kind="transformers", args={"a": 1}), str(student))
+
+
+def test_settings_of_vllm_are_refused_before_anything_is_loaded(student: Path) -> None:
+    for wrong in ({"args": {"a": 1}}, {"in_flight": "keep"}):
+        with pytest.raises(EngineError):
+            check_engine(config(kind="transformers", **wrong), str(student))
+
+
+def test_groups_in_flight_are_kept_by_vllm_only(student: Path) -> None:
+    with pytest.raises(EngineError, match=r"'keep' needs rollout\.engine\.kind 'vllm'"):
+        build_engine(config(kind="transformers", in_flight="keep"), str(student))
 
 
 def test_vllm_that_is_not_installed_says_what_to_install(

@@ -150,6 +150,59 @@ async def test_every_group_has_exactly_one_version(engine: Engine) -> None:
     assert len({sampled.weight_version for _, sampled in groups}) > 1
 
 
+@pytest.fixture
+def keeping(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The engine, told to keep groups in flight; its completions know no end token."""
+    monkeypatch.setattr(engine, "_in_flight", "keep")
+    monkeypatch.setattr(engine, "_end_tokens", [])
+    return engine
+
+
+async def test_groups_in_flight_go_on_under_new_weights(keeping: Any) -> None:
+    """Weights change several times in the middle of long completions. Every token then has the
+    log-prob that its own version, and no other, gives it after all the tokens before it: what was
+    computed under older weights is not kept."""
+    models = [vllm_model(seed) for seed in range(3)]
+    long = Sampling(n=3, max_tokens=CONTEXT - max(map(len, PROMPTS)), temperature=0.6, seed=4)
+    sampling = asyncio.gather(*(keeping.sample(p, long) for p in PROMPTS))
+    version = 0
+    while not sampling.done():
+        version += 1
+        await keeping.load_weights(published(models[version % 3], version))
+        await keeping.sample([2], Sampling(n=1, max_tokens=25))  # the long ones go on beside it
+    seen = set()
+    for prompt, sampled in zip(PROMPTS, await sampling, strict=True):
+        oldest = set()
+        for completion in sampled.completions:
+            runs = completion.version_runs or ((0, sampled.weight_version),)
+            starts, versions = zip(*runs, strict=True)
+            assert starts[0] == 0 and list(versions) == sorted(set(versions))
+            ends = [*starts[1:], len(completion.token_ids)]
+            ids = [*prompt, *completion.token_ids.tolist()]
+            for start, end, by in zip(starts, ends, versions, strict=True):
+                expected = full_logprobs(models[by % 3], ids, 0.6)[len(prompt) - 1 :]
+                np.testing.assert_allclose(
+                    completion.logprobs[start:end], expected[start:end], atol=1e-4
+                )
+            seen.update(versions)
+            oldest.add(versions[0])
+        assert sampled.weight_version == min(oldest)
+    assert len(seen) > 1
+
+
+async def test_what_goes_on_under_weights_that_fail_the_probe_is_not_handed_out(
+    keeping: Any,
+) -> None:
+    sampling = asyncio.create_task(keeping.sample([2, 3], Sampling(n=2, max_tokens=CONTEXT - 2)))
+    async with asyncio.timeout(20):
+        while not keeping._llm.get_num_unfinished_requests():
+            await asyncio.sleep(0.001)
+    with pytest.raises(WeightsMismatch, match=r"version 1: .* nats, more than"):
+        await keeping.load_weights(published(vllm_model(1), 1, fault=0.1))
+    with pytest.raises(Unavailable, match="no weights that passed the probe"):
+        await sampling
+
+
 async def test_a_stale_output_matrix_is_found_out_before_a_token_is_sampled(engine: Any) -> None:
     await engine._llm.collective_rpc("forget_repacking")
     try:
