@@ -82,11 +82,15 @@ class Pack:
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack on `device`; the copy does not wait for what the device works on."""
-        moved = {
-            name: _move(getattr(self, name), device)
-            for name in ("token_ids", "position_ids", "cu_seqlens", "sources", "targets")
-        }
-        return replace(self, **moved, buckets=self.buckets.to(device))
+        return replace(
+            self,
+            token_ids=_move(self.token_ids, device),
+            position_ids=_move(self.position_ids, device),
+            cu_seqlens=_move(self.cu_seqlens, device),
+            sources=_move(self.sources, device),
+            targets=_move(self.targets, device),
+            buckets=self.buckets.to(device),
+        )
 
 
 def pack(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Pack:
@@ -207,7 +211,8 @@ def linear_logprobs(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    *rows, entropy = _LinearLogProbs.apply(hidden, weight, bias, targets, tuple(temperatures))
+    apply: Any = _LinearLogProbs.apply
+    *rows, entropy = apply(hidden, weight, bias, targets, tuple(temperatures))
     return LogProbs(torch.stack(rows), entropy)
 
 
