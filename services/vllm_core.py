@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import Field, fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import vllm.config
 from pydantic import ValidationError
 from vllm import SamplingParams
@@ -192,21 +194,36 @@ async def last_output(
     return final
 
 
-async def sequence_logprobs(
-    llm: AsyncLLM, token_ids: Sequence[int], priority: int = 0
-) -> list[float]:
-    """Log-probs (nats, temperature 1) of `token_ids[1:]`, by one prefill."""
+async def prompt_logprobs(
+    llm: AsyncLLM, token_ids: Sequence[int], top: int = 0, priority: int = 0
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """By one prefill, for each of the `T` tokens behind the first: itself and the `top` most
+    likely tokens in its place.
+
+    Returns:
+        Token ids and log-probs (nats, temperature 1), `[T, 1 + top]` each: the token itself in
+        column 0, then the others, the most likely first.
+    """
     params = SamplingParams(
         max_tokens=1,
-        prompt_logprobs=0,
+        prompt_logprobs=top,
         flat_logprobs=True,
         detokenize=False,
         ignore_eos=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
     flat: Any = (await last_output(llm, token_ids, params, priority)).prompt_logprobs
-    # The first token has none; of every other one, the first entry is the token itself.
-    return [float(flat.logprobs[start]) for start in flat.start_indices[1:]]
+    # The first token has no entries, every other one has the same number.
+    shape = (len(token_ids) - 1, 1 + top)
+    return np.array(flat.token_ids).reshape(shape), np.array(flat.logprobs).reshape(shape)
+
+
+async def sequence_logprobs(
+    llm: AsyncLLM, token_ids: Sequence[int], priority: int = 0
+) -> list[float]:
+    """Log-probs (nats, temperature 1) of `token_ids[1:]`, by one prefill."""
+    _, logprobs = await prompt_logprobs(llm, token_ids, priority=priority)
+    return logprobs[:, 0].tolist()  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -1,8 +1,10 @@
-"""The teacher's wire: schemas of requests and answers, and what a valid list of log-probs is.
+"""The teacher's schemas: what its routes take and give, and what errors look like.
 
-    POST /v1/score    token ids in, natural-log probabilities of every completion token out
-    GET  /v1/models   the one model that is served: its fingerprint and its limits
-    GET  /health      200 once the model is loaded; the only path that never needs a key
+    POST /v1/score        token ids in, natural-log probabilities of every completion token out
+    POST /v1/completions  the same for OpenAI's clients (see `teacher.completions`)
+    GET  /v1/models       the models that are served: their fingerprints and limits
+    GET  /health, /ready  is the process alive; will it take work. They never need a key
+    GET  /metrics         Prometheus' text form
 
 Nothing is tokenised here: the ids that were sampled are the ids that are scored. Log-probs are
 in nats, at temperature 1. Every error has the body `{"error": {"type", "message", "param"}}`.
@@ -10,21 +12,18 @@ in nats, at temperature 1. Every error has the body `{"error": {"type", "message
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field
 
-from services.trajectory import LogProbs
+from teacher.scores import Query, TokenScores
 
 MAX_SEQUENCES = 1024  # in one request
-ROUNDING = 1e-4  # nats by which float arithmetic may lift a log-prob of a sure token above 0
-_LARGEST_EXPONENT = 700.0  # exp of more does not fit a JSON number
+MAX_TOP = 1024  # alternatives of one token, whatever the model's limit
+_INT32_MAX = 2**31 - 1
 
-TokenId = Annotated[int, Field(strict=True, ge=0)]
+TokenId = Annotated[int, Field(strict=True, ge=0, le=_INT32_MAX)]
 
 
 class Request(BaseModel):
@@ -41,22 +40,37 @@ class ScoreSequence(Request):
 
 
 class ScoreRequest(Request):
-    """`model` may be left out: a server has exactly one."""
+    """What is to be scored. `model` may be left out: the first that is served answers."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"sequences": [{"prompt": [5, 9, 12], "completion": [7, 1]}], "top_logprobs": 2}
+            ]
+        }
+    )
 
     model: str | None = None
     sequences: list[ScoreSequence] = Field(min_length=1, max_length=MAX_SEQUENCES)
-    top_logprobs: Literal[0] = 0
+    top_logprobs: int = Field(default=0, strict=True, ge=0, le=MAX_TOP)
+    """So many of the most likely tokens at each place are returned too."""
 
-    @field_validator("top_logprobs", mode="before")
-    @classmethod
-    def _no_alternatives(cls, value: object) -> object:
-        if value != 0:
-            raise PydanticCustomError(
-                "unsupported",
-                "only 0 is supported: the log-probs of the completion's own tokens are returned, "
-                "not those of alternatives",
-            )
-        return value
+    def query(self) -> Query:
+        """The same, without the form."""
+        return Query(
+            model=self.model,
+            sequences=[[*s.prompt, *s.completion] for s in self.sequences],
+            starts=[len(s.prompt) for s in self.sequences],
+            top=self.top_logprobs,
+            path=self._path,
+        )
+
+    def _path(self, sequence: int, token: int | None) -> str:
+        if token is None:
+            return f"sequences.{sequence}"
+        prompt = len(self.sequences[sequence].prompt)
+        part, place = ("prompt", token) if token < prompt else ("completion", token - prompt)
+        return f"sequences.{sequence}.{part}.{place}"
 
 
 class SequenceScore(BaseModel):
@@ -65,20 +79,54 @@ class SequenceScore(BaseModel):
 
     logprobs: list[float]
     perplexity: float
+    top_ids: list[list[int]] | None = None
+    """The most likely tokens in each completion token's place, the first the most likely."""
+    top_logprobs: list[list[float]] | None = None
 
     @classmethod
-    def of(cls, logprobs: list[float]) -> SequenceScore:
-        mean_nll = -sum(logprobs) / len(logprobs) if logprobs else 0.0
-        perplexity = math.exp(min(mean_nll, _LARGEST_EXPONENT))
-        return cls(logprobs=logprobs, perplexity=perplexity)
+    def of(cls, scores: TokenScores, top: int) -> SequenceScore:
+        """`scores` in this form. Nothing is checked again: it takes longer than the rest."""
+        return cls.model_construct(
+            logprobs=scores.logprobs.tolist(),
+            perplexity=scores.perplexity,
+            top_ids=scores.top_ids.tolist() if top else None,
+            top_logprobs=scores.top_logprobs.tolist() if top else None,
+        )
 
 
 class ScoreResponse(BaseModel):
     """One score for each sequence, in the request's order."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "teacher",
+                    "fingerprint": "0f1e2d3c4b5a6978",
+                    "scores": [
+                        {
+                            "logprobs": [-0.25, -1.5],
+                            "perplexity": 2.4,
+                            "top_ids": [[7, 3], [4, 1]],
+                            "top_logprobs": [[-0.25, -2.0], [-0.75, -1.5]],
+                        }
+                    ],
+                }
+            ]
+        }
+    )
+
     model: str
     fingerprint: str
     scores: list[SequenceScore]
+
+    @classmethod
+    def of(
+        cls, model: str, fingerprint: str, scores: Sequence[TokenScores], top: int
+    ) -> ScoreResponse:
+        """The answer that holds `scores`."""
+        made = [SequenceScore.of(score, top) for score in scores]
+        return cls.model_construct(model=model, fingerprint=fingerprint, scores=made)
 
 
 class Limits(BaseModel):
@@ -86,33 +134,52 @@ class Limits(BaseModel):
 
     max_sequences: int = MAX_SEQUENCES
     max_sequence_tokens: int
+    max_request_tokens: int
+    """Of all sequences of a request together."""
+    max_top_logprobs: int
     vocab_size: int
     """Token ids are below it."""
 
 
 class ModelCard(BaseModel):
-    """The served model. The fingerprint changes with its weights or its architecture."""
+    """A served model. The fingerprint changes with its weights or its architecture."""
 
     id: str
+    object: Literal["model"] = "model"
+    owned_by: Literal["scope"] = "scope"
+    created: int = 0
     fingerprint: str
     context_length: int
     limits: Limits
 
 
 class ModelList(BaseModel):
-    """All models of this server: always one."""
+    """All models of this server; the first answers requests that name none."""
 
+    object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Health(BaseModel):
-    """The answer of a server that is ready."""
+    """The answer of a server that is well."""
 
     status: Literal["ok"] = "ok"
 
 
 class ErrorDetail(BaseModel):
     """`param` is the path of the field at fault, such as `sequences.0.prompt.3`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "too_long",
+                    "message": "40000 tokens, more than the 32768 of one sequence",
+                    "param": "sequences.0",
+                }
+            ]
+        }
+    )
 
     type: str
     message: str
@@ -125,22 +192,8 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class InvalidLogProbs(ValueError):
-    """Numbers that cannot be the log-probs of a sequence; the message says why."""
+class ErrorType:
+    """Values of `ErrorDetail.type` that clients tell apart."""
 
-
-def valid_logprobs(values: Sequence[float], count: int) -> LogProbs:
-    """`values` as `[count]` float32 log-probs, rounding above 0 removed.
-
-    Raises:
-        InvalidLogProbs: there are not `count` of them, or one is not finite or is positive.
-    """
-    logprobs = np.asarray(values, dtype=np.float64)
-    if logprobs.shape != (count,):
-        raise InvalidLogProbs(f"{len(values)} log-probs for {count} completion tokens")
-    # float32 is what is trained on: a value that overflows it is as useless as an infinity.
-    wrong = ~(np.abs(logprobs) <= np.finfo(np.float32).max) | (logprobs > ROUNDING)
-    if wrong.any():
-        place = int(np.argmax(wrong))
-        raise InvalidLogProbs(f"log-prob {place} of {count} is {logprobs[place]}")
-    return np.minimum(logprobs, 0.0).astype(np.float32)
+    NO_LOGPROBS = "no_logprobs"
+    """The model computed something that is no log-prob: asking again gives the same."""

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from teacher.api import ErrorBody, ErrorDetail
 
-OPEN_PATHS = frozenset({"/health"})  # load balancers have no keys
+OPEN_PATHS = frozenset({"/health", "/ready"})  # load balancers have no keys
+_HASHED = "sha256:"
 
 
 class InsecureAddress(ValueError):
@@ -26,14 +27,15 @@ class KeyRing:
 
     def __init__(self, keys: Iterable[str]) -> None:
         """
+        Args:
+            keys: each a key itself, or `sha256:` and its digest in hexadecimal, so that whoever
+                deploys the server need not know it. Keys are random: they need no salt.
+
         Raises:
             ValueError: a key is empty, which an unset variable easily becomes, or holds
-                characters that do not survive an HTTP header.
+                characters that do not survive an HTTP header; or a digest is not one.
         """
-        kept = list(keys)
-        if not all(key.isascii() and key.isprintable() and key and " " not in key for key in kept):
-            raise ValueError("an API key must be printable ASCII without spaces, and not empty")
-        self._digests = tuple(_digest(key) for key in kept)
+        self._digests = tuple(_parse(key) for key in keys)
 
     def __bool__(self) -> bool:
         return bool(self._digests)
@@ -41,11 +43,12 @@ class KeyRing:
     def __repr__(self) -> str:
         return f"KeyRing({len(self._digests)} keys)"
 
-    def accepts(self, key: str) -> bool:
-        """Whether `key` is one of them, in a time that depends on neither."""
+    def identify(self, key: str) -> str | None:
+        """A name for `key` that does not give it away, or None if it is not accepted; in a time
+        that depends on neither."""
         given = _digest(key)
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return any(matches)
+        return given.hex()[:16] if any(matches) else None
 
 
 def require_keys(host: str, keys: KeyRing) -> None:
@@ -70,7 +73,12 @@ class BearerAuth:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _path(scope) in OPEN_PATHS or self._allows(scope):
+        if scope["type"] != "http" or _path(scope) in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        caller = self._caller(scope)
+        if caller is not None:
+            scope.setdefault("state", {})["caller"] = caller
             await self._app(scope, receive, send)
             return
         detail = ErrorDetail(
@@ -82,9 +90,9 @@ class BearerAuth:
         )
         await refusal(scope, receive, send)
 
-    def _allows(self, scope: Scope) -> bool:
+    def _caller(self, scope: Scope) -> str | None:
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and self._keys.accepts(key.strip())
+        return self._keys.identify(key.strip()) if scheme.lower() == "bearer" else None
 
 
 def _path(scope: Scope) -> str:
@@ -100,6 +108,18 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name: whatever it resolves to today, it may be public tomorrow
         return False
+
+
+def _parse(key: str) -> bytes:
+    """The digest that stands for one configured key."""
+    if key.startswith(_HASHED):
+        digest = bytes.fromhex(key.removeprefix(_HASHED))
+        if len(digest) != hashlib.sha256().digest_size:
+            raise ValueError("a hashed API key is 'sha256:' and 64 hexadecimal digits")
+        return digest
+    if not (key.isascii() and key.isprintable() and key and " " not in key):
+        raise ValueError("an API key must be printable ASCII without spaces, and not empty")
+    return _digest(key)
 
 
 def _digest(key: str) -> bytes:

@@ -2,10 +2,11 @@
 
 Every failure is typed by whose fault it is, because that decides what becomes of the item:
 
-* `Unavailable`: the teacher is down, busy, slow, or refuses our key. The item waits.
+* `Unavailable`: the teacher is down, busy (`Busy`), slow, or refuses our key. The item waits.
 * `BadAnswer`: it answered, with something that cannot be log-probs of what was asked, or as
   another model. The item is tried again and then given up.
-* `BadItem`: the teacher can never score this item: too long, or with unknown tokens.
+* `BadItem`: the teacher can never score this item: too long, with unknown tokens, or (`NoLogProbs`)
+  its model computes no numbers for it.
 
 No value is ever made up: a call returns checked log-probs for every sequence, or raises.
 """
@@ -13,55 +14,211 @@ No value is ever made up: a call returns checked log-probs for every sequence, o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import ssl
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TypeVar
+from pathlib import Path
+from typing import Protocol, TypeAlias, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
 from services.stage import BadItem, Unavailable
-from services.trajectory import LogProbs, TokenIds
-from teacher.api import (
-    ErrorBody,
-    InvalidLogProbs,
-    ModelCard,
-    ModelList,
-    ScoreResponse,
-    valid_logprobs,
-)
+from services.trajectory import TokenIds
+from teacher import wire
+from teacher.api import ErrorBody, ErrorDetail, ErrorType, ModelCard, ModelList, ScoreResponse
+from teacher.scores import InvalidLogProbs, TokenScores, valid_scores
 
-_ITEM_FAULTS = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY)
+Pair: TypeAlias = tuple[TokenIds, TokenIds]  # prompt [P], completion [T]
+
 _QUOTED = 300  # characters of an unexpected answer that an error message shows
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
+
+
+class Busy(Unavailable):
+    """The teacher has enough to do, and says when to come again."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class BadAnswer(RuntimeError):
     """The teacher answered with something that is not a score of what was asked."""
 
 
-class TeacherClient:
-    """One teacher's REST API, over kept-alive connections.
+class NoLogProbs(BadItem):
+    """The teacher's model computes no numbers for this item, and would not another time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a teacher is, and how to ask it.
 
     Args:
-        url: where the teacher is, with its route prefix and no trailing path.
+        url: with its route prefix and no trailing path.
         key: API key, or None where the teacher asks for none.
+        model: the name that it serves the teacher under; None is its first (or only) model.
+        ca_file: certificates of a private authority, as PEM.
+    """
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+    model: str | None = None
+    ca_file: Path | None = None
+
+
+class Client(Protocol):
+    """One server that scores, in whatever dialect."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the model that answers; empty while none has."""
+        ...
+
+    async def score(self, sequences: Sequence[Pair], top: int = 0) -> list[TokenScores]:
+        """Scores of every completion token, with the `top` most likely tokens in its place.
+
+        Args:
+            sequences: pairs of prompt and completion token ids.
+
+        Returns:
+            One a sequence, in order; log-probs are finite and not above 0.
+
+        Raises:
+            Unavailable, BadAnswer, BadItem: see the module.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Returns if the server answers, and as the right model.
+
+        Raises:
+            Unavailable, BadAnswer: see the module.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        ...
+
+
+class Http:
+    """One server over kept-alive connections: what went wrong is typed, nothing else is done."""
+
+    def __init__(
+        self, target: Target, *, timeout_s: float, item_faults: Collection[int] = (413, 422)
+    ) -> None:
+        """
+        Args:
+            timeout_s: for one request as a whole, answer included.
+            item_faults: statuses by which this server says that an item cannot be scored.
+        """
+        self.url = target.url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._item_faults = item_faults
+        trusted = ssl.create_default_context(cafile=target.ca_file) if target.ca_file else True
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {target.key}"} if target.key else {},
+            timeout=None,  # httpx times each read; `ask` bounds the whole request
+            limits=httpx.Limits(max_connections=None),
+            verify=trusted,
+        )
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        content: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> httpx.Response:
+        """A successful answer.
+
+        Raises:
+            Unavailable, BadItem: see the module.
+        """
+        timeout_s = min(timeout_s or self._timeout_s, self._timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._http.request(
+                    method, self.url + path, content=content, headers=headers
+                )
+        except TimeoutError as error:
+            raise Unavailable(
+                f"the teacher at {self.url} did not answer within {timeout_s:g} s"
+            ) from error
+        except httpx.HTTPError as error:
+            said = str(error) or type(error).__name__
+            raise Unavailable(f"the teacher at {self.url} cannot be reached: {said}") from error
+        if response.status_code != HTTPStatus.OK:
+            raise self._refusal(response)
+        return response
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        await self._http.aclose()
+
+    def bad_answer(self, path: str, why: object, response: httpx.Response) -> BadAnswer:
+        """The error for an answer that is no answer."""
+        return BadAnswer(
+            f"the teacher at {self.url} answered {path} with something else: {why} in "
+            f"{_quote(response)}"
+        )
+
+    def read(self, kind: type[AnswerT], path: str, response: httpx.Response) -> AnswerT:
+        """The JSON answer as a `kind`.
+
+        Raises:
+            BadAnswer: it is not one.
+        """
+        try:
+            return kind.model_validate_json(response.content)
+        except ValidationError as error:
+            raise self.bad_answer(path, error.errors()[0]["msg"], response) from error
+
+    def _refusal(self, response: httpx.Response) -> Exception:
+        status, detail = response.status_code, _detail(response)
+        message = f"the teacher at {self.url} answered {status}: " + (
+            detail.message + (f" ({detail.param})" if detail.param else "")
+            if detail
+            else _quote(response)  # not our server: a proxy, or Ray Serve itself
+        )
+        if detail and detail.type == ErrorType.NO_LOGPROBS:
+            return NoLogProbs(message)
+        if status in self._item_faults:
+            return BadItem(message)
+        retry_after = response.headers.get("retry-after", "")
+        if status in (429, 503) and retry_after.isdigit():
+            return Busy(message, float(retry_after))
+        return Unavailable(message)
+
+
+class TeacherClient:
+    """A server of this project: `/v1/score`.
+
+    Args:
+        target: where it is.
         timeout_s: for one request as a whole, answer included.
         fingerprint: the model that must answer; None pins the first that does.
+        binary: whether to ask in safetensors or in JSON.
     """
 
     def __init__(
-        self, url: str, key: str | None, *, timeout_s: float, fingerprint: str | None = None
+        self,
+        target: Target,
+        *,
+        timeout_s: float,
+        fingerprint: str | None = None,
+        binary: bool = True,
     ) -> None:
-        self._url = url.rstrip("/")
-        self._timeout_s = timeout_s
+        self._http = Http(target, timeout_s=timeout_s)
+        self._model = target.model
         self._fingerprint = fingerprint
-        self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=None,  # httpx times each read; `_ask` bounds the whole request
-            limits=httpx.Limits(max_connections=None),
-        )
+        self._binary = binary
 
     @property
     def fingerprint(self) -> str:
@@ -69,104 +226,99 @@ class TeacherClient:
         return self._fingerprint or ""
 
     async def aclose(self) -> None:
-        """Closes all connections."""
+        """See `Client`."""
         await self._http.aclose()
 
-    async def info(self) -> ModelCard:
-        """The model that is served.
+    async def check(self) -> None:
+        """See `Client`."""
+        await self.info()
+
+    async def info(self, *, timeout_s: float | None = None) -> ModelCard:
+        """The model that is asked.
 
         Raises:
             Unavailable, BadAnswer: see the module.
         """
-        models = await self._ask(ModelList, "GET", "/v1/models")
-        if len(models.data) != 1:
-            raise BadAnswer(f"the teacher at {self._url} serves {len(models.data)} models, not one")
-        self._pin(models.data[0].fingerprint)
-        return models.data[0]
+        response = await self._http.ask("GET", "/v1/models", timeout_s=timeout_s)
+        cards = self._http.read(ModelList, "/v1/models", response).data
+        found = [card for card in cards if self._model in (None, card.id)]
+        if not found:
+            raise BadAnswer(f"the teacher at {self._http.url} does not serve {self._model!r}")
+        self._pin(found[0].fingerprint)
+        return found[0]
 
-    async def score(self, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> list[LogProbs]:
-        """Log-probs (nats, temperature 1) of every completion token.
-
-        Args:
-            sequences: pairs of prompt and completion token ids.
-
-        Returns:
-            One `[T]` array a sequence, in order, finite and not above 0.
-
-        Raises:
-            Unavailable, BadAnswer, BadItem: see the module.
-        """
-        body = {
-            "sequences": [
-                {"prompt": prompt.tolist(), "completion": completion.tolist()}
-                for prompt, completion in sequences
-            ]
-        }
-        answer = await self._ask(ScoreResponse, "POST", "/v1/score", body)
-        if len(answer.scores) != len(sequences):
+    async def score(self, sequences: Sequence[Pair], top: int = 0) -> list[TokenScores]:
+        """See `Client`."""
+        path = "/v1/score"
+        response = await self._http.ask("POST", path, *self._request(sequences, top))
+        answer = self._answer(path, response)
+        if len(answer.logprobs) != len(sequences):
             raise BadAnswer(
-                f"the teacher at {self._url} gave {len(answer.scores)} scores for "
+                f"the teacher at {self._http.url} gave {len(answer.logprobs)} scores for "
                 f"{len(sequences)} sequences"
             )
         checked = []
-        for index, (score, (_, completion)) in enumerate(
-            zip(answer.scores, sequences, strict=True)
-        ):
+        for index, (_, completion) in enumerate(sequences):
             try:
-                checked.append(valid_logprobs(score.logprobs, len(completion)))
+                checked.append(
+                    valid_scores(
+                        answer.logprobs[index],
+                        len(completion),
+                        answer.top_ids[index],
+                        answer.top_logprobs[index],
+                        top,
+                    )
+                )
             except InvalidLogProbs as error:
                 raise BadAnswer(
-                    f"the teacher at {self._url} scored sequence {index} wrongly: {error}"
+                    f"the teacher at {self._http.url} scored sequence {index} wrongly: {error}"
                 ) from error
         self._pin(answer.fingerprint)
         return checked
 
+    def _request(self, sequences: Sequence[Pair], top: int) -> tuple[bytes, dict[str, str]]:
+        if self._binary:
+            body = wire.encode_request(sequences, top=top, model=self._model)
+            return body, {"Content-Type": wire.MEDIA_TYPE, "Accept": wire.MEDIA_TYPE}
+        return wire.json_request(sequences, top=top, model=self._model), {
+            "Content-Type": "application/json"
+        }
+
+    def _answer(self, path: str, response: httpx.Response) -> wire.Answer:
+        """In the form that the server chose."""
+        if response.headers.get("content-type") == wire.MEDIA_TYPE:
+            try:
+                return wire.decode_answer(response.content)
+            except wire.WireError as error:
+                raise self._http.bad_answer(path, error, response) from error
+        read = self._http.read(ScoreResponse, path, response)
+        return wire.Answer(
+            model=read.model,
+            fingerprint=read.fingerprint,
+            logprobs=[score.logprobs for score in read.scores],
+            top_ids=[score.top_ids or () for score in read.scores],
+            top_logprobs=[score.top_logprobs or () for score in read.scores],
+        )
+
     def _pin(self, fingerprint: str) -> None:
         """Holds the teacher to one model: scores of two are not comparable."""
         if not fingerprint:
-            raise BadAnswer(f"the teacher at {self._url} does not say which model it is")
+            raise BadAnswer(f"the teacher at {self._http.url} does not say which model it is")
         if self._fingerprint is None:
             self._fingerprint = fingerprint
         elif fingerprint != self._fingerprint:
             raise BadAnswer(
-                f"the teacher at {self._url} is another model: its fingerprint is "
+                f"the teacher at {self._http.url} is another model: its fingerprint is "
                 f"{fingerprint}, not {self._fingerprint}"
             )
 
-    async def _ask(
-        self, kind: type[AnswerT], method: str, path: str, body: object = None
-    ) -> AnswerT:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                response = await self._http.request(method, self._url + path, json=body)
-        except TimeoutError as error:
-            raise Unavailable(
-                f"the teacher at {self._url} did not answer within {self._timeout_s:g} s"
-            ) from error
-        except httpx.HTTPError as error:
-            said = str(error) or type(error).__name__
-            raise Unavailable(f"the teacher at {self._url} cannot be reached: {said}") from error
-        if response.status_code != HTTPStatus.OK:
-            message = f"the teacher at {self._url} {_refusal(response)}"
-            at_fault = BadItem if response.status_code in _ITEM_FAULTS else Unavailable
-            raise at_fault(message)
-        try:
-            return kind.model_validate_json(response.content)
-        except ValidationError as error:
-            raise BadAnswer(
-                f"the teacher at {self._url} answered {path} with something else: "
-                f"{error.errors()[0]['msg']} in {_quote(response)}"
-            ) from error
 
-
-def _refusal(response: httpx.Response) -> str:
-    """The status and what the server said about it, in one line."""
+def _detail(response: httpx.Response) -> ErrorDetail | None:
+    """What the server said about a refusal, if it says it as ours and OpenAI's do."""
     try:
-        detail = ErrorBody.model_validate_json(response.content).error
-    except ValidationError:  # not our server: a proxy, or Ray Serve itself
-        return f"answered {response.status_code}: {_quote(response)}"
-    where = f" ({detail.param})" if detail.param else ""
-    return f"answered {response.status_code}: {detail.message}{where}"
+        return ErrorBody.model_validate_json(response.content).error
+    except ValidationError:
+        return None
 
 
 def _quote(response: httpx.Response) -> str:

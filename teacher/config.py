@@ -25,11 +25,22 @@ class TeacherConfig(Config):
     """0 takes a free port."""
     max_sequence_tokens: int | None = Field(default=None, ge=2)
     """Longest prompt and completion together; None is the model's context length."""
+    max_request_tokens: int = Field(default=1_048_576, ge=2)
+    """Tokens of all sequences of one request together."""
+    max_body_bytes: int = Field(default=64 << 20, ge=1024)
+    """Longest body of a request."""
+    max_top_logprobs: int = Field(default=64, ge=1, le=1024)
+    """Most alternatives of one token that may be asked for."""
     batch_tokens: int = Field(default=16_384, ge=1)
     """Tokens in one forward of the transformers engine; a longer sequence goes alone. vLLM
     prefills in chunks of at most 2,048 of them."""
-    max_ongoing_requests: int = Field(default=64, ge=1)
-    """Requests that one replica works on at once, so that forwards fill up; more wait."""
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    """Requests that one replica holds, worked on or waiting; past it callers are told at once
+    (503) when to come again."""
+    max_held_tokens: int = Field(default=4_194_304, ge=1)
+    """Tokens of the sequences that one replica holds; the same past it."""
+    key_tokens_per_s: float | None = Field(default=None, gt=0)
+    """What each API key may have read by one replica on average; past it 429. None: no limit."""
     workers: int = Field(default=1, ge=1)
     """Stage workers that carry groups from the verified to the scored stream."""
     capacity: int = Field(default=16, ge=1)

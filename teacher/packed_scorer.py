@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from services import packed
 from services.batching import Batcher
-from teacher.api import InvalidLogProbs, valid_logprobs
-from teacher.scorer import ScoringError
+from teacher.scorer import ScoringError, check_starts
+from teacher.scores import InvalidLogProbs, TokenScores, valid_scores
+
+_Answer: TypeAlias = tuple[Tensor, Tensor, Tensor]  # log-probs [T], ids [T, k], log-probs [T, k]
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
     token_ids: Sequence[int]
     start: int
+    top: int
 
 
 class PackedScorer:
@@ -39,18 +44,15 @@ class PackedScorer:
         )
 
     async def score(
-        self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
-    ) -> list[list[float]]:
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int = 0
+    ) -> list[TokenScores]:
         """See `teacher.scorer.Scorer`.
 
         Raises:
             ValueError: a start is 0 or past the end of its sequence.
             ScoringError: a log-prob is not finite or is positive.
         """
-        for ids, start in zip(sequences, starts, strict=True):
-            # Before it joins a batch: its error must not become that of other callers.
-            if not 1 <= start <= len(ids):
-                raise ValueError(f"cannot score from token {start} of a sequence of {len(ids)}")
+        check_starts(sequences, starts)  # before they join a batch, and its error is others' too
         # Neighbours in a forward should be of like length, because attention on a CPU pads to
         # the longest. Longest first, so that what does not fit is found out at once.
         places = sorted(
@@ -58,21 +60,31 @@ class PackedScorer:
             key=lambda place: -len(sequences[place]),
         )
         answers = await asyncio.gather(
-            *(self._batcher.submit(_Work(sequences[i], starts[i])) for i in places)
+            *(self._batcher.submit(_Work(sequences[i], starts[i], top)) for i in places)
         )
-        scores: list[list[float]] = [[] for _ in sequences]
-        for place, logprobs in zip(places, answers, strict=True):
-            scores[place] = _checked(logprobs, len(sequences[place]) - starts[place])
+        scores = [TokenScores.empty(top) for _ in sequences]
+        for place, (logprobs, ids, values) in zip(places, answers, strict=True):
+            count = len(sequences[place]) - starts[place]
+            ids, values = ids[:, :top], values[:, :top]  # others may have wanted more
+            try:
+                scores[place] = valid_scores(
+                    logprobs.numpy(), count, ids.numpy(), values.numpy(), top
+                )
+            except InvalidLogProbs as error:
+                raise ScoringError(place, error) from error
         return scores
 
-    def _forward(self, batch: Sequence[_Work]) -> list[list[float]]:
-        return packed.score(
-            self._model, [work.token_ids for work in batch], [work.start for work in batch]
+    async def check(self) -> None:
+        """A model in this process cannot die alone."""
+
+    async def close(self) -> None:
+        """Lets the thread end."""
+        self._batcher.close()
+
+    def _forward(self, batch: Sequence[_Work]) -> list[_Answer]:
+        return packed.score_top(
+            self._model,
+            [work.token_ids for work in batch],
+            [work.start for work in batch],
+            max(work.top for work in batch),
         )
-
-
-def _checked(logprobs: list[float], count: int) -> list[float]:
-    try:
-        return [float(value) for value in valid_logprobs(logprobs, count)]
-    except InvalidLogProbs as error:
-        raise ScoringError(f"the teacher's model computed no log-probs: {error}") from error

@@ -10,28 +10,61 @@ from services.engines import EngineError
 from services.models import fingerprint
 from teacher.api import Limits, ModelCard
 from teacher.config import TeacherConfig
+from teacher.scores import InvalidLogProbs, TokenScores
 
 
 class Scorer(Protocol):
     """Log-probs of given tokens under one model."""
 
     async def score(
-        self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
-    ) -> list[list[float]]:
-        """For each sequence, log-probs (nats, temperature 1) of its tokens from its start on.
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int = 0
+    ) -> list[TokenScores]:
+        """For each sequence the scores of its tokens from its start on.
 
         Args:
             sequences: token ids, prompt and completion together.
             starts: where each completion starts; at least 1, at most the sequence's length.
+            top: how many of the most likely tokens come with each; at most the vocabulary.
 
         Raises:
             ScoringError: the model gave no valid log-probs.
         """
         ...
 
+    async def check(self) -> None:
+        """Returns if the model can score.
+
+        Raises:
+            ScorerDied: it never will again.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends whatever the scorer started."""
+        ...
+
 
 class ScoringError(RuntimeError):
-    """The model computed something that is no log-prob."""
+    """The model computed something that is no log-prob, and would again. `sequence` is the place
+    of the first sequence that it happened to."""
+
+    def __init__(self, sequence: int, error: InvalidLogProbs) -> None:
+        super().__init__(f"the teacher's model computed no log-probs: {error}")
+        self.sequence = sequence
+
+
+class ScorerDied(RuntimeError):
+    """What computes is gone; a new scorer is needed."""
+
+
+def check_starts(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: a start is 0 (the first token has nothing before it) or past the end.
+    """
+    for ids, start in zip(sequences, starts, strict=True):
+        if not 1 <= start <= len(ids):
+            raise ValueError(f"cannot score from token {start} of a sequence of {len(ids)}")
 
 
 def build_scorer(config: TeacherConfig) -> Scorer:
@@ -90,5 +123,10 @@ def model_card(config: TeacherConfig) -> ModelCard:
         id=config.model,
         fingerprint=found.model,
         context_length=found.context_length or limit,
-        limits=Limits(max_sequence_tokens=limit, vocab_size=found.vocab_size),
+        limits=Limits(
+            max_sequence_tokens=limit,
+            max_request_tokens=config.max_request_tokens,
+            max_top_logprobs=min(config.max_top_logprobs, found.vocab_size),
+            vocab_size=found.vocab_size,
+        ),
     )

@@ -20,7 +20,8 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
-from teacher.app import build_app
+from teacher.admission import Admission, RateLimit
+from teacher.app import Teacher, build_app
 from teacher.auth import KeyRing, require_keys
 from teacher.config import TeacherConfig
 from teacher.scorer import build_scorer, model_card
@@ -41,13 +42,35 @@ class TeacherReplica:
     """One copy of the model. Serve asks it for its application once the model is loaded, so
     that the proxy sends no request to a replica that cannot answer."""
 
+    _teacher: Teacher | None = None  # until it is loaded
+
     def __init__(self, config: TeacherConfig, keys: KeyRing) -> None:
-        self._info = model_card(config)  # first: it fails at once where loading takes minutes
-        self._scorer = build_scorer(config)
-        self._keys = keys
+        self._config, self._keys = config, keys
+        card = model_card(config)  # first: it fails at once where loading takes minutes
+        self._teacher = Teacher(card, build_scorer(config))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._scorer, self._keys, self._info)
+        config = self._config
+        assert self._teacher is not None
+        return build_app(
+            [self._teacher],
+            self._keys,
+            max_body_bytes=config.max_body_bytes,
+            admission=Admission(
+                max_requests=config.max_ongoing_requests, max_tokens=config.max_held_tokens
+            ),
+            rate_limit=RateLimit(config.key_tokens_per_s) if config.key_tokens_per_s else None,
+        )
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica for which this raises."""
+        if self._teacher is not None:
+            await self._teacher.scorer.check()
+
+    async def __del__(self) -> None:
+        # Serve calls it when the replica has finished its last request.
+        if self._teacher is not None:
+            await self._teacher.scorer.close()
 
 
 def deploy_teacher(

@@ -7,12 +7,13 @@ import asyncio
 from collections.abc import Sequence
 
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from services import vllm_core
 from services.config import EngineConfig
-from teacher.api import InvalidLogProbs, valid_logprobs
 from teacher.config import TeacherConfig
-from teacher.scorer import ScoringError
+from teacher.scorer import ScorerDied, ScoringError, check_starts
+from teacher.scores import InvalidLogProbs, TokenScores, valid_scores
 
 SECTION = "teacher.engine"  # of a run's config, for messages
 # For the scored tokens of one forward vLLM keeps all of the vocabulary's log-probs in float32:
@@ -35,6 +36,7 @@ def engine_args(config: TeacherConfig, longest: int) -> AsyncEngineArgs:
             "max_model_len": longest + 1,  # and the token that is generated
             # Cached blocks have no logits any more, so they could never be used.
             "enable_prefix_caching": False,
+            "max_logprobs": config.max_top_logprobs,
         },
         defaults={
             "max_num_batched_tokens": min(config.batch_tokens, _CHUNK_TOKENS),
@@ -70,31 +72,41 @@ class VLLMScorer:
         self._llm = self._running.llm
 
     async def score(
-        self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
-    ) -> list[list[float]]:
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int = 0
+    ) -> list[TokenScores]:
         """See `teacher.scorer.Scorer`.
 
         Raises:
             ValueError: a start is 0 or past the end of its sequence.
             ScoringError: a log-prob is not finite or is positive.
         """
-        for ids, start in zip(sequences, starts, strict=True):
-            if not 1 <= start <= len(ids):
-                raise ValueError(f"cannot score from token {start} of a sequence of {len(ids)}")
+        check_starts(sequences, starts)
         return await asyncio.gather(
-            *(self._score(ids, start) for ids, start in zip(sequences, starts, strict=True))
+            *(
+                self._score(place, ids, start, top)
+                for place, (ids, start) in enumerate(zip(sequences, starts, strict=True))
+            )
         )
+
+    async def check(self) -> None:
+        """See `teacher.scorer.Scorer`."""
+        try:
+            await self._llm.check_health()
+        except EngineDeadError as error:
+            raise ScorerDied("vLLM's engine process is gone") from error
 
     async def close(self) -> None:
         """Ends vLLM's processes."""
         await self._running.close()
 
-    async def _score(self, token_ids: Sequence[int], start: int) -> list[float]:
+    async def _score(
+        self, place: int, token_ids: Sequence[int], start: int, top: int
+    ) -> TokenScores:
         if start == len(token_ids):
-            return []
-        logprobs = await vllm_core.sequence_logprobs(self._llm, token_ids)
+            return TokenScores.empty(top)
+        ids, logprobs = await vllm_core.prompt_logprobs(self._llm, token_ids, top)
+        ids, logprobs = ids[start - 1 :], logprobs[start - 1 :]
         try:
-            checked = valid_logprobs(logprobs[start - 1 :], len(token_ids) - start)
+            return valid_scores(logprobs[:, 0], len(logprobs), ids[:, 1:], logprobs[:, 1:], top)
         except InvalidLogProbs as error:
-            raise ScoringError(f"the teacher's model computed no log-probs: {error}") from error
-        return [float(value) for value in checked]
+            raise ScoringError(place, error) from error

@@ -14,7 +14,7 @@ import numpy as np
 
 from services.stage import Connection, Stage, new_consumer
 from services.trajectory import Outcome, ScoredGroup, VerifiedGroup, decode, encode
-from teacher.client import TeacherClient
+from teacher.client import Target, TeacherClient
 from teacher.config import TeacherConfig
 
 Need: TypeAlias = Literal["incorrect", "all", "none"]
@@ -55,7 +55,9 @@ class TeacherWorker:
         self._config = config
         self._outcomes = _OUTCOMES[need]
         self._client = TeacherClient(
-            url, key, timeout_s=config.request_timeout_s, fingerprint=expected_fingerprint
+            Target(url, key),
+            timeout_s=config.request_timeout_s,
+            fingerprint=expected_fingerprint,
         )
         self._stopping = asyncio.Event()
 
@@ -98,6 +100,6 @@ class TeacherWorker:
             scores = await self._client.score(
                 [(prompt, trajectories[place].token_ids) for place in asked]
             )
-            logprobs.update(zip(asked, scores, strict=True))
+            logprobs.update(zip(asked, (score.logprobs for score in scores), strict=True))
         teacher = self._client.fingerprint if asked else ""
         return encode(ScoredGroup(group, logprobs, teacher))

@@ -52,10 +52,13 @@ class Reference:
         self._model = load_model(str(directory))
 
     @torch.no_grad()
+    def table(self, ids: list[int]) -> torch.Tensor:
+        """[T, V] log-probs of what follows each token."""
+        return self._model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
     def score(self, prompt: list[int], completion: list[int]) -> list[float]:
         ids = torch.tensor([*prompt, *completion])
-        logprobs = self._model(ids[None]).logits[0].float().log_softmax(-1)
-        chosen = logprobs[:-1].gather(1, ids[1:, None]).squeeze(1)
+        chosen = self.table(ids.tolist())[:-1].gather(1, ids[1:, None]).squeeze(1)
         return [float(value) for value in chosen[len(prompt) - 1 :]]
 
 

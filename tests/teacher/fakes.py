@@ -3,43 +3,92 @@ that misbehaves on demand."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from teacher.api import Limits, ModelCard
+from teacher import wire
+from teacher.admission import Admission, RateLimit
+from teacher.api import Limits, ModelCard, SequenceScore
+from teacher.app import Teacher, build_app
+from teacher.auth import KeyRing
+from teacher.scorer import ScorerDied
+from teacher.scores import TokenScores, valid_scores
 
 FAKE_CARD = ModelCard(
     id="fake-teacher",
     fingerprint="f00d",
     context_length=64,
-    limits=Limits(max_sequence_tokens=16, vocab_size=100),
+    limits=Limits(
+        max_sequence_tokens=16, max_request_tokens=48, max_top_logprobs=5, vocab_size=100
+    ),
 )
 
 
 class FakeScorer:
-    """Scores every token as minus a hundredth of its id; or raises what it is told to."""
+    """Scores every token as minus a hundredth of its id, so that ids from 0 on are the most
+    likely ones everywhere; or raises what it is told to. While `held` is set it does not answer.
+    """
 
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.calls: list[tuple[list[list[int]], list[int]]] = []
+        self.held: asyncio.Event | None = None
+        self.cancelled = 0
 
     async def score(
-        self, sequences: Sequence[Sequence[int]], starts: Sequence[int]
-    ) -> list[list[float]]:
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int = 0
+    ) -> list[TokenScores]:
         self.calls.append(([list(ids) for ids in sequences], list(starts)))
         if self.error is not None:
             raise self.error
-        return [
-            [-id_ / 100 for id_ in ids[start:]]
-            for ids, start in zip(sequences, starts, strict=True)
-        ]
+        if self.held is not None:
+            try:
+                await self.held.wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+        return [fake_scores(ids[start:], top) for ids, start in zip(sequences, starts, strict=True)]
+
+    async def check(self) -> None:
+        if self.error is not None:
+            raise ScorerDied("told to")
+
+    async def close(self) -> None: ...
+
+
+def fake_scores(ids: Sequence[int], top: int = 0) -> TokenScores:
+    """What `FakeScorer` says of `ids`."""
+    best = np.tile(np.arange(top), (len(ids), 1))
+    return valid_scores(-np.array(ids) / 100, len(ids), best, -best / 100, top)
+
+
+def fake_app(
+    scorer: FakeScorer,
+    keys: Sequence[str] = (),
+    *,
+    max_requests: int = 100,
+    max_tokens: int = 1000,
+    max_body_bytes: int = 10_000,
+    rate_limit: RateLimit | None = None,
+) -> FastAPI:
+    """The real application around a fake model."""
+    return build_app(
+        [Teacher(FAKE_CARD, scorer)],
+        KeyRing(keys),
+        max_body_bytes=max_body_bytes,
+        admission=Admission(max_requests=max_requests, max_tokens=max_tokens),
+        rate_limit=rate_limit,
+    )
 
 
 class FaultyTeacher:
@@ -67,34 +116,52 @@ class FaultyTeacher:
             more = message.get("more_body", False)
         headers = dict(scope["headers"])
         self.authorizations.append(headers.get(b"authorization", b"").decode())
-        self.requests.append(json.loads(body or b"{}"))
+        asked = scope["method"] == "POST"
+        if asked:
+            self.requests.append(_request(body, headers))
         if self.fault == "silence":
             while message["type"] != "http.disconnect":
                 message = await receive()
             return
         status = self.fault if isinstance(self.fault, int) else 200
-        answer = self._answer()
+        answer = self._answer(asked)
         length = len(answer) + (100 if self.fault == "half body" else 0)
         length_header = (b"content-length", str(length).encode())
         await send({"type": "http.response.start", "status": status, "headers": [length_header]})
         await send({"type": "http.response.body", "body": answer})
 
-    def _answer(self) -> bytes:
+    def _answer(self, asked: bool) -> bytes:
         if isinstance(self.fault, bytes):
             return self.fault
         if isinstance(self.fault, int):
             message = {"type": "fault", "message": f"this is fault {self.fault}", "param": "x.0"}
             return json.dumps({"error": message}).encode()
-        honest = {
-            "model": "fake",
-            "fingerprint": "f00d",
-            "scores": [
-                {"logprobs": [-id_ / 100 for id_ in sequence["completion"]], "perplexity": 1.0}
-                for sequence in self.requests[-1].get("sequences", [])
-            ],
-        }
+        honest: dict[str, Any] = {"object": "list", "data": [FAKE_CARD.model_dump()]}
+        if asked:
+            scores = [
+                SequenceScore.of(fake_scores(sequence["completion"]), 0).model_dump()
+                for sequence in self.requests[-1]["sequences"]
+            ]
+            honest = {"model": FAKE_CARD.id, "fingerprint": "f00d", "scores": scores}
         changed = self.fault if isinstance(self.fault, dict) else {}
         return json.dumps({**honest, **changed}).encode()
+
+
+def _request(body: bytes, headers: dict[bytes, bytes]) -> dict[str, Any]:
+    """A score request in whatever form, as JSON."""
+    if headers.get(b"content-type", b"").decode() != wire.MEDIA_TYPE:
+        asked: dict[str, Any] = json.loads(body)
+        return asked
+    query = wire.decode_request(body)
+    pairs = zip(query.sequences, query.starts, strict=True)
+    return {"sequences": [{"prompt": ids[:i], "completion": ids[i:]} for ids, i in pairs]}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns when `condition` holds; fails when it does not for long."""
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 @contextmanager

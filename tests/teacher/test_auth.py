@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 
 from teacher.auth import InsecureAddress, KeyRing, require_keys
@@ -7,15 +9,15 @@ from teacher.auth import InsecureAddress, KeyRing, require_keys
 
 def test_any_of_several_keys_is_accepted_and_nothing_else() -> None:
     ring = KeyRing(["old-key", "new-key"])
-    assert ring.accepts("old-key")
-    assert ring.accepts("new-key")
-    assert not ring.accepts("old-key ")
-    assert not ring.accepts("")
+    assert ring.identify("old-key")
+    assert ring.identify("new-key")
+    assert not ring.identify("old-key ")
+    assert not ring.identify("")
 
 
 def test_an_empty_ring_accepts_nothing() -> None:
     assert not KeyRing([])
-    assert not KeyRing([]).accepts("")
+    assert not KeyRing([]).identify("")
 
 
 def test_no_key_can_be_read_from_a_ring() -> None:
@@ -39,3 +41,18 @@ def test_any_other_address_does(host: str) -> None:
     require_keys(host, KeyRing(["key"]))
     with pytest.raises(InsecureAddress, match=host):
         require_keys(host, KeyRing([]))
+
+
+def test_a_key_may_be_given_as_its_digest() -> None:
+    digest = hashlib.sha256(b"secret-key").hexdigest()
+    ring = KeyRing([f"sha256:{digest}"])
+    assert ring.identify("secret-key")
+    assert not ring.identify(f"sha256:{digest}")
+    with pytest.raises(ValueError, match="64 hexadecimal digits"):
+        KeyRing(["sha256:abcd"])
+
+
+def test_callers_are_told_apart_without_their_keys() -> None:
+    ring = KeyRing(["one", "two"])
+    assert ring.identify("one") != ring.identify("two")
+    assert "one" not in str(ring.identify("one"))

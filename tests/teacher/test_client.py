@@ -12,11 +12,18 @@ import pytest
 import pytest_asyncio
 
 from services.stage import BadItem, Unavailable
-from services.trajectory import LogProbs, TokenIds
-from teacher.app import build_app
-from teacher.auth import KeyRing
-from teacher.client import BadAnswer, TeacherClient
-from tests.teacher.fakes import FAKE_CARD, FakeScorer, FaultyTeacher, listening
+from services.trajectory import TokenIds
+from teacher.client import BadAnswer, Busy, NoLogProbs, Target, TeacherClient
+from teacher.scorer import ScoringError
+from teacher.scores import InvalidLogProbs, TokenScores
+from tests.teacher.fakes import (
+    FAKE_CARD,
+    FakeScorer,
+    FaultyTeacher,
+    fake_app,
+    fake_scores,
+    listening,
+)
 
 
 def ids(*values: int) -> TokenIds:
@@ -28,16 +35,16 @@ ASKED = [(ids(1, 2), ids(3, 4)), (ids(1), ids(5)), (ids(1), ids())]
 
 @pytest_asyncio.fixture
 async def client(faulty_url: str) -> AsyncIterator[TeacherClient]:
-    made = TeacherClient(faulty_url, "some-key", timeout_s=5.0)
+    made = TeacherClient(Target(faulty_url, "some-key"), timeout_s=5.0)
     yield made
     await made.aclose()
 
 
-def _assert_honest(scores: list[LogProbs]) -> None:
+def _assert_honest(scores: list[TokenScores]) -> None:
     expected = [[-0.03, -0.04], [-0.05], []]
     for score, values in zip(scores, expected, strict=True):
-        assert score.dtype == np.float32
-        np.testing.assert_allclose(score, values, rtol=1e-6)
+        assert score.logprobs.dtype == np.float32
+        np.testing.assert_allclose(score.logprobs, values, rtol=1e-6)
 
 
 async def test_scores_come_in_order_and_name_their_model(
@@ -51,8 +58,8 @@ async def test_scores_come_in_order_and_name_their_model(
 
 
 async def test_it_speaks_with_the_real_application(scorer: FakeScorer) -> None:
-    with listening(build_app(scorer, KeyRing(["k"]), FAKE_CARD)) as url:
-        client = TeacherClient(url + "/", "k", timeout_s=5.0)
+    with listening(fake_app(scorer, ["k"])) as url:
+        client = TeacherClient(Target(url + "/", "k"), timeout_s=5.0)
         assert await client.info() == FAKE_CARD
         _assert_honest(await client.score(ASKED))
         await client.aclose()
@@ -63,7 +70,7 @@ async def test_rounding_above_zero_is_taken_as_zero(
 ) -> None:
     faulty.fault = {"scores": [{"logprobs": [5e-5], "perplexity": 1.0}]}
     (score,) = await client.score([(ids(1), ids(2))])
-    assert score.tolist() == [0.0]
+    assert score.logprobs.tolist() == [0.0]
 
 
 def _scores(*logprobs: list[Any]) -> dict[str, Any]:
@@ -122,7 +129,7 @@ async def test_an_item_that_cannot_be_scored_is_bad(
 
 async def test_silence_ends_at_the_time_out(faulty_url: str, faulty: FaultyTeacher) -> None:
     faulty.fault = "silence"
-    client = TeacherClient(faulty_url, None, timeout_s=0.2)
+    client = TeacherClient(Target(faulty_url), timeout_s=0.2)
     with pytest.raises(Unavailable, match=r"did not answer within 0\.2 s"):
         await client.score(ASKED)
     await client.aclose()
@@ -139,7 +146,7 @@ async def test_an_answer_that_breaks_off_is_unavailable(
 async def test_nobody_listening_is_unavailable() -> None:
     with socket.socket() as taken:  # bound, not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
-        client = TeacherClient(f"http://127.0.0.1:{taken.getsockname()[1]}", None, timeout_s=5.0)
+        client = TeacherClient(Target(f"http://127.0.0.1:{taken.getsockname()[1]}"), timeout_s=5.0)
         with pytest.raises(Unavailable, match="cannot be reached"):
             await client.score(ASKED)
         with pytest.raises(Unavailable, match="cannot be reached"):
@@ -155,22 +162,50 @@ async def test_the_first_model_is_pinned(client: TeacherClient, faulty: FaultyTe
 
 
 async def test_an_expected_model_is_the_only_one(faulty_url: str, faulty: FaultyTeacher) -> None:
-    client = TeacherClient(faulty_url, None, timeout_s=5.0, fingerprint="beef")
+    client = TeacherClient(Target(faulty_url), timeout_s=5.0, fingerprint="beef")
     with pytest.raises(BadAnswer, match="fingerprint is f00d, not beef"):
         await client.score(ASKED)
     card = FAKE_CARD.model_dump()
     faulty.fault = {"data": [card]}
     with pytest.raises(BadAnswer, match="fingerprint is f00d, not beef"):
         await client.info()
-    faulty.fault = {"data": [card, card]}
-    with pytest.raises(BadAnswer, match="serves 2 models"):
-        await client.info()
     await client.aclose()
 
 
+@pytest.mark.parametrize("binary", [True, False], ids=["safetensors", "JSON"])
+async def test_both_forms_carry_the_same(scorer: FakeScorer, binary: bool) -> None:
+    with listening(fake_app(scorer)) as url:
+        client = TeacherClient(Target(url), timeout_s=5.0, binary=binary)
+        for top in (0, 3):
+            for score, (_, completion) in zip(await client.score(ASKED, top), ASKED, strict=True):
+                wanted = fake_scores(completion.tolist(), top)
+                np.testing.assert_array_equal(score.logprobs, wanted.logprobs)
+                np.testing.assert_array_equal(score.top_ids, wanted.top_ids)
+                np.testing.assert_array_equal(score.top_logprobs, wanted.top_logprobs)
+        await client.aclose()
+
+
+async def test_a_model_without_numbers_for_an_item_makes_it_bad(scorer: FakeScorer) -> None:
+    scorer.error = ScoringError(1, InvalidLogProbs("log-prob 3 of 9 is nan"))
+    with listening(fake_app(scorer)) as url:
+        client = TeacherClient(Target(url), timeout_s=5.0)
+        with pytest.raises(NoLogProbs, match=r"answered 500: .* 3 of 9 is nan \(sequences\.1\)"):
+            await client.score(ASKED)
+        await client.aclose()
+
+
+async def test_a_busy_teacher_says_when_to_come_again(scorer: FakeScorer) -> None:
+    with listening(fake_app(scorer, max_requests=0)) as url:
+        client = TeacherClient(Target(url), timeout_s=5.0)
+        with pytest.raises(Busy, match="answered 503: 0 requests are held") as raised:
+            await client.score(ASKED)
+        assert raised.value.retry_after_s >= 1
+        await client.aclose()
+
+
 async def test_many_calls_at_once_keep_apart(scorer: FakeScorer) -> None:
-    with listening(build_app(scorer, KeyRing([]), FAKE_CARD)) as url:
-        client = TeacherClient(url, None, timeout_s=10.0)
+    with listening(fake_app(scorer)) as url:
+        client = TeacherClient(Target(url), timeout_s=10.0)
         answers = await asyncio.gather(*(client.score([(ids(1), ids(n))]) for n in range(50)))
         await client.aclose()
-    np.testing.assert_allclose([a[0][0] for a in answers], -np.arange(50) / 100, rtol=1e-6)
+    np.testing.assert_allclose([a[0].logprobs[0] for a in answers], -np.arange(50) / 100, rtol=1e-6)

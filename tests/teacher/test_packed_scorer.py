@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,21 +34,21 @@ async def test_scores_equal_transformers_batched_and_alone(
     alone = [(await packed_scorer.score([i], [s]))[0] for i, s in zip(ids, starts, strict=True)]
     for (prompt, completion), together, single in zip(sequences, batched, alone, strict=True):
         expected = reference.score(prompt, completion)
-        np.testing.assert_allclose(together, expected, atol=1e-4)
-        np.testing.assert_allclose(single, expected, atol=1e-4)
+        np.testing.assert_allclose(together.logprobs, expected, atol=1e-4)
+        np.testing.assert_allclose(single.logprobs, expected, atol=1e-4)
 
 
 async def test_no_forward_exceeds_the_budget_but_for_one_long_sequence(
     model_dir: Path, sequences: Sequences, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwards: list[list[int]] = []
-    real = packed.score
+    real = packed.score_top
 
-    def recording(model: object, ids: list[list[int]], starts: list[int]) -> list[list[float]]:
+    def recording(model: Any, ids: list[list[int]], starts: list[int], top: int) -> Any:
         forwards.append([len(i) for i in ids])
-        return real(model, ids, starts)  # type: ignore[arg-type]
+        return real(model, ids, starts, top)
 
-    monkeypatch.setattr(packed, "score", recording)
+    monkeypatch.setattr(packed, "score_top", recording)
     scorer = PackedScorer(load_model(str(model_dir)), batch_tokens=50)
     await scorer.score(*_split(sequences))
     lengths = [length for forward in forwards for length in forward]
@@ -66,12 +67,12 @@ async def test_calls_at_the_same_time_each_get_their_own_scores(
         *(packed_scorer.score([i], [s]) for i, s in zip(ids, starts, strict=True))
     )
     for one, part in zip(whole, parts, strict=True):
-        np.testing.assert_allclose(part[0], one, atol=1e-5)
+        np.testing.assert_allclose(part[0].logprobs, one.logprobs, atol=1e-5)
 
 
 async def test_an_empty_completion_scores_as_nothing(packed_scorer: PackedScorer) -> None:
     scores = await packed_scorer.score([[1, 2], [3], [4, 5, 6]], [2, 1, 1])
-    assert [len(score) for score in scores] == [0, 0, 2]
+    assert [len(score.logprobs) for score in scores] == [0, 0, 2]
     assert await packed_scorer.score([], []) == []
 
 

@@ -12,7 +12,7 @@ from ray import serve
 
 from services.models import load_model
 from teacher.auth import InsecureAddress
-from teacher.client import TeacherClient
+from teacher.client import Target, TeacherClient
 from teacher.config import TeacherConfig
 from teacher.serve import TeacherFailed, deploy_teacher
 from tests.teacher.conftest import Reference
@@ -45,7 +45,7 @@ async def test_the_deployed_teacher_scores_like_transformers(
     url = deploy_teacher(_config(model_dir), ["the-key"], name="teacher", route_prefix="/t")
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{url}/v1/models").status_code == 401
-    client = TeacherClient(url, "the-key", timeout_s=60.0)
+    client = TeacherClient(Target(url, "the-key"), timeout_s=60.0)
     card = await client.info()
     assert card.id == str(model_dir)
     scores = await client.score(
@@ -53,7 +53,7 @@ async def test_the_deployed_teacher_scores_like_transformers(
     )
     await client.aclose()
     for (prompt, completion), score in zip(sequences, scores, strict=True):
-        np.testing.assert_allclose(score, reference.score(prompt, completion), atol=1e-4)
+        np.testing.assert_allclose(score.logprobs, reference.score(prompt, completion), atol=1e-4)
     assert client.fingerprint == card.fingerprint
 
 

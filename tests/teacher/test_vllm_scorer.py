@@ -52,7 +52,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def scorer(directory: Path) -> AsyncIterator[Scorer]:
     made = await asyncio.to_thread(build_scorer, config(directory))
     yield made
-    await made.close()  # type: ignore[attr-defined]
+    await made.close()
 
 
 async def test_scores_equal_transformers_batched_and_alone(scorer: Scorer, directory: Path) -> None:
@@ -61,13 +61,23 @@ async def test_scores_equal_transformers_batched_and_alone(scorer: Scorer, direc
     alone = [(await scorer.score([i], [s]))[0] for i, s in zip(IDS, STARTS, strict=True)]
     for (prompt, completion), together, single in zip(PAIRS, batched, alone, strict=True):
         expected = reference.score(prompt, completion)
-        np.testing.assert_allclose(together, expected, atol=1e-4)
-        np.testing.assert_allclose(single, expected, atol=1e-4)
+        np.testing.assert_allclose(together.logprobs, expected, atol=1e-4)
+        np.testing.assert_allclose(single.logprobs, expected, atol=1e-4)
+
+
+async def test_the_most_likely_tokens_are_those_of_transformers(
+    scorer: Scorer, directory: Path
+) -> None:
+    reference = Reference(directory)
+    for ids, start, scores in zip(IDS, STARTS, await scorer.score(IDS, STARTS, 4), strict=True):
+        values, places = reference.table(ids)[start - 1 : -1].topk(4)
+        np.testing.assert_array_equal(scores.top_ids, places)
+        np.testing.assert_allclose(scores.top_logprobs, values, atol=1e-4)
 
 
 async def test_an_empty_completion_scores_as_nothing(scorer: Scorer) -> None:
     scores = await scorer.score([[1, 2], [3], [4, 5, 6]], [2, 1, 1])
-    assert [len(score) for score in scores] == [0, 0, 2]
+    assert [len(score.logprobs) for score in scores] == [0, 0, 2]
     assert await scorer.score([], []) == []
 
 
