@@ -65,11 +65,13 @@ class Problem:
         return ",".join(lines) + f";{value}"
 
 
-def random_problems(seed: int, excluded: frozenset[Problem] = frozenset()) -> Iterator[Problem]:
+def random_problems(
+    seed: int, excluded: frozenset[Problem] = frozenset(), largest: int = LARGEST_OPERAND
+) -> Iterator[Problem]:
     """An endless stream of problems, the same for the same seed, without the excluded ones."""
     rng = random.Random(seed)
     while True:
-        first, second, third = (rng.randint(1, LARGEST_OPERAND) for _ in range(3))
+        first, second, third = (rng.randint(1, largest) for _ in range(3))
         problem = Problem(first, (rng.choice((1, -1)) * second, rng.choice((1, -1)) * third))
         # A leading minus would give one character two meanings, which the task has no need of.
         if first + problem.steps[0] < 0 or first + sum(problem.steps) < 0:
@@ -79,11 +81,14 @@ def random_problems(seed: int, excluded: frozenset[Problem] = frozenset()) -> It
 
 
 def distinct_problems(
-    count: int, seed: int, excluded: frozenset[Problem] = frozenset()
+    count: int,
+    seed: int,
+    excluded: frozenset[Problem] = frozenset(),
+    largest: int = LARGEST_OPERAND,
 ) -> list[Problem]:
     """The first `count` problems of a stream, each counted once."""
     found: dict[Problem, None] = {}
-    for problem in random_problems(seed, excluded):
+    for problem in random_problems(seed, excluded, largest):
         found[problem] = None
         if len(found) == count:
             break

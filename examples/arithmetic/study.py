@@ -1,0 +1,308 @@
+"""The study: do the objectives differ, and how? One command, resumable, in one process.
+
+    python -m examples.arithmetic.study
+
+Every run starts from the same student and is given the same prompts, as many samples of each, and
+the same random numbers for the same seed. It trains in this process: sampling, verdict, teacher
+scores, weights and gradient are the service's own functions, called one after another without Ray
+and Redis, so each step is exactly on policy. A finished run is one line of `results/runs.jsonl`
+and is not run again; `study_report.py` makes tables and plots of them. docs/study.md has the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from examples.arithmetic.task import HERE, Problem
+from examples.arithmetic.ways import HELD_OUT_PROMPTS, MAX_TOKENS, held_out, training
+from rollout.config import DataConfig, SamplingConfig
+from rollout.prompts import PromptSource, Row
+from rollout.transformers_engine import Request, copy_weights, sample_groups
+from services import packed
+from services.models import end_tokens, load_model, load_tokenizer
+from services.trajectory import (
+    Prompt,
+    RolloutGroup,
+    Sampling,
+    ScoredGroup,
+    Trajectory,
+    Verdict,
+    VerifiedGroup,
+)
+from trainer.batch import Batch
+from trainer.config import ObjectiveConfig, OptimizerConfig, TrainerConfig
+from trainer.learner import Learner
+from trainer.objectives import objective
+from verifier import exact
+
+STUDENT, TEACHER = HERE / "study-student", HERE / "study-teacher"
+RESULTS = HERE / "results"
+
+STEPS, PROMPTS, ROLLOUTS = 40, 16, 8  # of a run; prompts of a step; samples of a prompt
+SAMPLES = 32  # of each held-out prompt in an evaluation
+ROWS_AT_ONCE = 512  # trajectories in one batch of the sampler
+LOG_RATIO_BOUND = 2.0  # as in the demo: docs/demo-task.md has the reason
+OPTIMIZER = OptimizerConfig(lr=2e-4, warmup_steps=5, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """An objective by name, and how many seeds it is run with."""
+
+    name: str
+    seeds: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        kind = {"kind": self.name} if not self.settings else {}
+        return ObjectiveConfig(log_ratio_bound=LOG_RATIO_BOUND, **kind, **self.settings)
+
+
+METHODS = [Experiment(name, 5) for name in ("scope", "opd", "grpo", "rft", "kdrl", "kd")]
+ABLATIONS = [
+    Experiment("no student weights", 3, {"use_student_path_weights": False}),
+    Experiment("no teacher weights", 3, {"use_teacher_path_weights": False}),
+    Experiment("no weights", 3, {"use_seq_weights": False}),
+    Experiment("student path reversed", 3, {"student_path_ppl_positive": False}),
+    Experiment("teacher path reversed", 3, {"teacher_path_ppl_positive": True}),
+    *[Experiment(f"tau {tau:g}", 3, {"tau": tau}) for tau in (0.25, 0.5, 2.0, 4.0)],
+]
+
+
+class Bench:
+    """The models and prompts that all runs share."""
+
+    def __init__(self) -> None:
+        self.tokenizer = load_tokenizer(str(STUDENT))
+        self.ends = end_tokens(str(STUDENT))
+        self.student = load_model(str(STUDENT))  # samples; takes on every run's weights
+        self.teacher_sampler = load_model(str(TEACHER))
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        """Scores."""
+        return packed.prepare(load_model(str(TEACHER)))
+
+    @cached_property
+    def train_rows(self) -> list[Row]:
+        return self._rows(training())
+
+    @cached_property
+    def held_out_rows(self) -> list[Row]:
+        return self._rows(held_out())
+
+    def _rows(self, problems: Sequence[Problem]) -> list[Row]:
+        return [
+            Row(np.array(self.tokenizer(p.prompt)["input_ids"], np.int32), "arithmetic", p.answer)
+            for p in problems
+        ]
+
+    def prompts(self, rows: Sequence[Row], n: int, *, seed: int, shuffle: bool) -> PromptSource:
+        sampling = SamplingConfig(n=n, max_tokens=MAX_TOKENS)
+        data = DataConfig(path=Path("in memory"), max_prompt_tokens=16, shuffle=shuffle)
+        return PromptSource(rows, sampling, seed=seed, data=data)
+
+    # ------------------------------------------------------------------- the stages of a step
+
+    def sample(
+        self, model: PreTrainedModel, prompts: Sequence[Prompt], version: int = 0
+    ) -> list[RolloutGroup]:
+        """What the rollout worker does."""
+        groups: list[RolloutGroup] = []
+        for some in _chunks(prompts, max(1, ROWS_AT_ONCE // prompts[0].sampling.n)):
+            requests = [Request(p.token_ids.tolist(), p.sampling) for p in some]
+            for prompt, completions in zip(
+                some, sample_groups(model, requests, self.ends), strict=True
+            ):
+                trajectories = tuple(
+                    Trajectory(c.token_ids, c.logprobs, c.finish, self.text(c.token_ids))
+                    for c in completions
+                )
+                groups.append(RolloutGroup(prompt, trajectories, version))
+        return groups
+
+    def text(self, token_ids: Any) -> str:
+        return str(self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
+
+    def score(self, group: VerifiedGroup, *outcomes: Any) -> ScoredGroup:
+        """What the teacher's worker and its scorer do."""
+        places = group.indices(*outcomes)
+        prompt = group.rollout.prompt.token_ids.tolist()
+        logprobs = {
+            place: np.array(values, np.float32)
+            for place, values in zip(
+                places,
+                packed.score(
+                    self.teacher,
+                    [prompt + group.rollout.trajectories[i].token_ids.tolist() for i in places],
+                    [len(prompt)] * len(places),
+                )
+                if places
+                else [],
+                strict=True,
+            )
+        }
+        return ScoredGroup(group, logprobs, "teacher")
+
+    def evaluate(self, model: PreTrainedModel, *, seed: int) -> list[int]:
+        """How many of `SAMPLES` completions of each held-out prompt are correct."""
+        source = self.prompts(self.held_out_rows, SAMPLES, seed=seed, shuffle=False)
+        groups = self.sample(model, [source.prompt(order) for order in range(len(source))])
+        return [len(verify(group).indices("correct")) for group in groups]
+
+
+def verify(group: RolloutGroup) -> VerifiedGroup:
+    """What the verifier's worker and its judge do."""
+    verdicts = tuple(
+        Verdict("incorrect", "truncated: no end token")
+        if t.finish == "length"
+        else exact.judge(t.text, group.prompt.reference, ";")
+        for t in group.trajectories
+    )
+    return VerifiedGroup(group, verdicts)
+
+
+def train(bench: Bench, experiment: Experiment, seed: int) -> dict[str, Any]:
+    """One run, and its evaluation; a record of `runs.jsonl`."""
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    settings = TrainerConfig(
+        objective=experiment.objective, optimizer=OPTIMIZER, micro_batch_tokens=8192
+    )
+    learner = Learner(load_model(str(STUDENT)), settings, temperature=1.0)
+    need = objective(experiment.objective)
+    outcomes = {"incorrect": ("incorrect",), "all": ("correct", "incorrect"), "none": ()}
+    source = bench.prompts(bench.train_rows, ROLLOUTS, seed=seed, shuffle=True)
+    accuracy, scored_tokens = [], 0
+    for step in range(STEPS):
+        copy_weights(bench.student, learner.weights())
+        sampler = bench.student if need.sampler == "student" else bench.teacher_sampler
+        prompts = [source.prompt(step * PROMPTS + i) for i in range(PROMPTS)]
+        verified = [verify(group) for group in bench.sample(sampler, prompts, step)]
+        groups = [bench.score(group, *outcomes[need.teacher]) for group in verified]
+        learner.step(Batch.of(groups))
+        accuracy.append(sum(len(g.indices("correct")) for g in verified) / (PROMPTS * ROLLOUTS))
+        scored_tokens += sum(len(lp) for g in groups for lp in g.teacher_logprobs.values())
+    copy_weights(bench.student, learner.weights())
+    return {
+        "experiment": experiment.name,
+        "seed": seed,
+        "correct": bench.evaluate(bench.student, seed=1000 + seed),
+        "train_accuracy": accuracy,
+        "scored_tokens": scored_tokens,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+# ------------------------------------------------------- the teacher on the student's prefixes
+
+RATIOS = (0.25, 0.5, 0.75)
+CONTINUATIONS = 4
+RECOVERY_PROMPTS = 96
+
+
+def recovery(bench: Bench) -> list[dict[str, Any]]:
+    """Does the teacher come back to the right answer from a wrong trajectory's first part?
+
+    Returns:
+        For every wrong trajectory of the untrained student its mean NLL under the teacher, and
+        for each truncation ratio how many of `CONTINUATIONS` continuations are correct.
+    """
+    student = load_model(str(STUDENT))
+    copy_weights(
+        bench.student, Learner(load_model(str(STUDENT)), TrainerConfig(), temperature=1.0).weights()
+    )
+    source = bench.prompts(bench.train_rows, ROLLOUTS, seed=77, shuffle=True)
+    groups = bench.sample(student, [source.prompt(i) for i in range(RECOVERY_PROMPTS)])
+    scored = [bench.score(verify(group), "incorrect") for group in groups]
+    found: list[dict[str, Any]] = []
+    for group in scored:
+        for place, logprobs in group.teacher_logprobs.items():
+            if group.rollout.trajectories[place].finish == "stop":
+                found.append({"teacher_nll": -float(logprobs.mean()), "of": (group, place)})
+    for ratio in RATIOS:
+        prompts = [_prefix(*record["of"], ratio, number) for number, record in enumerate(found)]
+        continued = bench.sample(bench.teacher_sampler, prompts)
+        for record, prompt, group in zip(found, prompts, continued, strict=True):
+            start = bench.text(prompt.token_ids).partition("=")[2]
+            correct = sum(
+                t.finish == "stop"
+                and exact.judge(start + t.text, prompt.reference, ";").outcome == "correct"
+                for t in group.trajectories
+            )
+            record[f"recovered at {ratio:g}"] = correct
+    for record in found:
+        del record["of"]
+    return found
+
+
+def _prefix(group: ScoredGroup, place: int, ratio: float, number: int) -> Prompt:
+    """The prompt and the first part of a trajectory, to be gone on with."""
+    tokens = group.rollout.trajectories[place].token_ids
+    kept = tokens[: round(ratio * len(tokens))]
+    return Prompt(
+        id=f"{number}", order=number,
+        token_ids=np.concatenate([group.prompt.token_ids, kept]),
+        data_source="arithmetic", reference=group.prompt.reference,
+        sampling=Sampling(n=CONTINUATIONS, max_tokens=MAX_TOKENS, seed=10_000 + number),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ the study
+
+
+def read_runs(path: Path = RESULTS / "runs.jsonl") -> list[dict[str, Any]]:
+    """All finished runs."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def todo(done: Sequence[dict[str, Any]]) -> Iterator[tuple[Experiment, int]]:
+    """What is left: the methods, then the ablations, a seed of each before the next seed."""
+    finished = {(run["experiment"], run["seed"]) for run in done}
+    for part in (METHODS, ABLATIONS):
+        for seed in range(max(e.seeds for e in part)):
+            for experiment in part:
+                if seed < experiment.seeds and (experiment.name, seed) not in finished:
+                    yield experiment, seed
+
+
+def _chunks(items: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    RESULTS.mkdir(exist_ok=True)
+    bench = Bench()
+    before = RESULTS / "before.json"
+    if not before.exists():
+        models = {"student": bench.student, "teacher": bench.teacher_sampler}
+        found = {name: bench.evaluate(model, seed=999) for name, model in models.items()}
+        before.write_text(json.dumps(found) + "\n")
+    recovered = RESULTS / "recovery.json"
+    if not recovered.exists():
+        recovered.write_text("[\n" + ",\n".join(map(json.dumps, recovery(bench))) + "\n]\n")
+    for experiment, seed in todo(read_runs()):
+        run = train(bench, experiment, seed)
+        with (RESULTS / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(run) + "\n")
+        average = sum(run["correct"]) / (HELD_OUT_PROMPTS * SAMPLES)
+        print(f"{experiment.name}, seed {seed}: Avg@{SAMPLES} {average:.1%}, {run['seconds']} s")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
