@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,22 @@ from services.trajectory import (
 )
 
 VOCAB = 24
+CONTEXT = 256
+VLLM_HEAD = 32  # the narrowest attention head that vLLM's CPU kernels take
 
 
-def tiny_model(seed: int = 0, *, layers: int = 2, vocab: int = VOCAB) -> Qwen3ForCausalLM:
-    """A Qwen3 of some thousand random parameters, with grouped-query attention and tied ends."""
+def tiny_model(
+    seed: int = 0,
+    *,
+    layers: int = 2,
+    vocab: int = VOCAB,
+    context: int = CONTEXT,
+    head: int = 8,
+    tied: bool = True,
+    spread: float = 0.08,
+) -> Qwen3ForCausalLM:
+    """A Qwen3 of some thousand random parameters, with grouped-query attention. Their `spread` is
+    wider than transformers' own, which is almost uniform: there a mistake would hardly show."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocab,
@@ -33,24 +46,22 @@ def tiny_model(seed: int = 0, *, layers: int = 2, vocab: int = VOCAB) -> Qwen3Fo
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head,
         intermediate_size=48,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
         eos_token_id=1,
         pad_token_id=0,
+        initializer_range=spread,
     )
-    model = Qwen3ForCausalLM(config)
-    with torch.no_grad():  # transformers' small initialisation is almost uniform: too easy
-        for p in model.parameters():
-            p.mul_(4.0) if p.ndim > 1 else p
-    return model.eval()
+    return Qwen3ForCausalLM(config).eval()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Single characters: `<pad>`, `<eos>`, then digits and signs."""
-    characters = ["<pad>", "<eos>", *"0123456789+-=;,abcdefg"]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, "<pad>"))
+def tiny_tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
+    """Single characters: `<pad>`, `<eos>`, then digits, signs, and the rest of Unicode."""
+    characters = ["<pad>", "<eos>", *"0123456789+-=;,abcdefg", *map(chr, range(256, 256 + vocab))]
+    ids = {c: i for i, c in enumerate(characters[:vocab])}
+    tokenizer = Tokenizer(models.WordLevel(ids, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
@@ -60,10 +71,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny(path: Path, seed: int = 0) -> Path:
-    """A complete Hugging Face directory."""
-    tiny_model(seed).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
+def save_tiny(path: Path, seed: int = 0, *, vocab: int = VOCAB, **shape: Any) -> Path:
+    """A complete Hugging Face directory of `tiny_model`."""
+    tiny_model(seed, vocab=vocab, **shape).save_pretrained(path)
+    tiny_tokenizer(vocab).save_pretrained(path)
     return path
 
 

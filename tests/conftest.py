@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 # The tests are small: more threads than one only fight with each other on two cores.
@@ -43,6 +44,13 @@ async def streams(connection: Connection) -> AsyncIterator[Streams]:
     await made.create()
     yield made
     await client.aclose()
+
+
+@pytest.fixture(scope="session")
+def vllm() -> None:
+    """Tests that need vLLM name this, and fail with one sentence where it is not installed."""
+    if not find_spec("vllm"):
+        pytest.fail("vLLM is not installed: make install brings its CPU build", pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,7 @@ def sampling_process(run: subprocess.Popen[bytes]) -> psutil.Process:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("vllm")
 @pytest.mark.timeout(600)
 def test_the_demo_on_vllm_survives_its_death_with_an_exact_ledger(tmp_path: Path) -> None:
     run = start(tmp_path)

@@ -9,22 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import pytest_asyncio
 import torch
+from transformers import Qwen3ForCausalLM
 
 from rollout.config import RolloutConfig
-from rollout.engine import Completion, Engine, WeightsMismatch, build_engine
+from rollout.engine import (
+    Completion,
+    Engine,
+    EngineDied,
+    WeightsMismatch,
+    build_engine,
+    check_engine,
+)
 from services.engines import EngineError
 from services.models import probe_tokens
 from services.stage import BadItem, Unavailable
 from services.trajectory import Sampling
 from services.weights import Weights
-from tests.builders import VOCAB
+from tests.builders import CONTEXT, VLLM_HEAD, VOCAB, save_tiny, tiny_model
 from tests.rollout.conftest import full_logprobs, published
-from tests.vllm_models import CONTEXT, save_vllm_model, vllm_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.usefixtures("vllm"),
+]
 
 END = 1
 EXTENSION = "tests.rollout.vllm_faults.FaultyWorker"
@@ -33,13 +45,17 @@ RANDOM = np.random.default_rng(0)
 PROMPTS = [RANDOM.integers(2, VOCAB, int(length)).tolist() for length in (1, 2, 3, 17, 64, 130)]
 
 
+def vllm_model(seed: int) -> Qwen3ForCausalLM:
+    return tiny_model(seed, head=VLLM_HEAD)
+
+
 def config(**args: Any) -> RolloutConfig:
     return RolloutConfig.model_validate({"engine": {"kind": "vllm", "args": {**ARGS, **args}}})
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_vllm_model(tmp_path_factory.mktemp("vllm"))
+    return save_tiny(tmp_path_factory.mktemp("vllm"), head=VLLM_HEAD)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -100,6 +116,15 @@ async def test_samples_are_fixed_by_their_seed_and_differ_from_each_other(engine
     assert larger[:6] == first
     assert len({tuple(ids) for ids in first}) > 1
     assert other != first
+
+
+async def test_samples_of_a_prompt_share_its_prefill(engine: Any) -> None:
+    """Counted where the model runs: whole blocks of the prompt are computed once, for all."""
+    prompt, n, block = RANDOM.integers(2, VOCAB, 130).tolist(), 8, 32
+    await engine._llm.collective_rpc("count_tokens")
+    await engine.sample(prompt, Sampling(n=n, max_tokens=1))
+    (computed,) = await engine._llm.collective_rpc("counted_tokens")
+    assert computed == len(prompt) + (n - 1) * (len(prompt) % block)
 
 
 async def test_first_tokens_are_distributed_as_the_model_says(engine: Engine) -> None:
@@ -223,7 +248,7 @@ async def test_a_stale_output_matrix_is_found_out_before_a_token_is_sampled(engi
     [
         ("drop", "model.norm.weight is missing"),
         ("add", "model.extra.weight is not in the model"),
-        ("reshape", r"model.norm.weight is \[31\], not \[64\]"),
+        ("reshape", r"model.norm.weight is \[31\], not \[32\]"),
     ],
 )
 async def test_weights_of_another_model_are_named(
@@ -310,7 +335,15 @@ async def test_what_cannot_be_sampled_spoils_no_batch(
     [
         ({"args": {"max_num_seq": 4}}, "no argument 'max_num_seq'; did you mean 'max_num_seqs'"),
         ({"args": {"logprobs_mode": "raw_logits"}}, "logprobs_mode is set by this engine itself"),
-        ({"args": {"max_num_seqs": "many"}}, "vLLM refuses its arguments"),
+        (
+            {"args": {"max_num_seqs": "many", "seed": 1}},
+            r"rollout\.engine\.args\.max_num_seqs: vLLM refuses: '<' not supported",
+        ),
+        (
+            {"args": {"compilation_config": {"beckend": "eager"}}},
+            r"args\.compilation_config: .* no field 'beckend'; did you mean 'backend'",
+        ),
+        ({"args": {"tensor_parallel_size": 3}}, r"heads \(4\) must be divisible by .* size \(3\)"),
         ({"device": "cuda"}, "runs on 'cpu', not on 'cuda'"),
     ],
 )
@@ -319,4 +352,21 @@ async def test_arguments_that_cannot_work_are_refused(
 ) -> None:
     wrong = RolloutConfig.model_validate({"engine": {"kind": "vllm", **engine_config}})
     with pytest.raises(EngineError, match=complaint):
-        build_engine(wrong, str(directory))
+        check_engine(wrong, str(directory))
+    check_engine(config(), str(directory))
+
+
+async def test_an_engine_whose_process_is_killed_says_so(started: Any) -> None:
+    """The last test: nothing can be sampled after it. The worker ends, and its prompts are
+    taken over by another."""
+    calls = [asyncio.create_task(started.sample(p, Sampling(4, 100))) for p in PROMPTS]
+    async with asyncio.timeout(20):
+        while not started._llm.get_num_unfinished_requests():
+            await asyncio.sleep(0.001)
+    (core,) = [p for p in psutil.Process().children() if "EngineCore" in "".join(p.cmdline())]
+    core.kill()
+    async with asyncio.timeout(20):
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(result) for result in results} == {EngineDied}
+    with pytest.raises(EngineDied):
+        await started.load_weights(published(vllm_model(0), 9))

@@ -1,6 +1,8 @@
-"""A fault to plant in vLLM's worker processes, for tests that must see it found out."""
+"""What tests plant in vLLM's worker processes: a fault to be found out, and a counter."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from rollout import vllm_transfer
 
@@ -17,3 +19,19 @@ class FaultyWorker(vllm_transfer.WorkerExtension):
     def remember_repacking(self) -> None:
         """Updates are whole again."""
         vllm_transfer.repack_vocabulary = _repack
+
+    def count_tokens(self: Any) -> None:
+        """From now on the tokens that the model computes are counted."""
+        execute = self.model_runner.execute_model
+        self.tokens = 0
+
+        def counting(scheduled: Any, *args: Any, **more: Any) -> Any:
+            self.tokens += scheduled.total_num_scheduled_tokens
+            return execute(scheduled, *args, **more)
+
+        self.model_runner.execute_model = counting
+
+    def counted_tokens(self: Any) -> int:
+        """How many they were; ends the counting."""
+        del self.model_runner.execute_model
+        return int(self.tokens)
