@@ -37,6 +37,7 @@ from trainer.batch import Batch
 from trainer.checkpoint import Checkpoint, CheckpointFailed, Progress, Saver, latest, ranges
 from trainer.config import CheckpointConfig, TrainerConfig
 from trainer.learner import Clock, Learner, Metrics
+from trainer.lora import write_adapters
 from trainer.reader import GroupReader
 from trainer.storage import Storage
 from trainer.student import is_sharded
@@ -153,6 +154,10 @@ class _Leader:
             runner.run(self._reader.streams.redis.aclose())
         self._publisher.wait()
         self._write_model(self._config.export)
+        adapters, settings = self._learner.student.adapters(), self._config.trainer.lora
+        if settings is not None:
+            path = self._config.export / "adapter"
+            write_adapters(path, adapters, settings, base=self._config.student)
 
     def _one_step(self, runner: asyncio.Runner) -> bool:
         """One turn of the loop in the module's docstring; False when nothing is left."""
@@ -359,7 +364,8 @@ def _group_metrics(groups: Sequence[ScoredGroup], version: int) -> Metrics:
         "batch/groups": float(len(groups)),
         "reward/accuracy": outcomes.count("correct") / count,
         "scope/unknown_fraction": outcomes.count("unknown") / count,
-        "staleness/mean": float(np.mean([version - g.rollout.weight_version for g in groups])),
+        "staleness/mean": float(np.mean([version - g.rollout.mean_weight_version for g in groups])),
+        "staleness/max": float(max(version - g.rollout.weight_version for g in groups)),
         "response_length/mean": float(np.mean([len(t.token_ids) for t in trajectories])),
         "response_length/truncated_fraction": sum(t.finish == "length" for t in trajectories)
         / count,

@@ -141,7 +141,11 @@ def _shard(model: PreTrainedModel, config: TrainerConfig, device: torch.device, 
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (ranks,)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=device.type == "cuda")
+            if config.offload
+            else OffloadPolicy()
+        ),
     }
     layers: Any = model.base_model.layers
     for module in [*layers, model]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from services.models import (
     ModelError,
@@ -16,8 +17,10 @@ from services.models import (
     load_model,
     locate,
     probe_tokens,
+    write_model,
 )
-from tests.builders import VOCAB, save_tiny, tiny_model
+from services.packed import prepare
+from tests.builders import VOCAB, save_tiny, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +86,13 @@ def test_loading_gives_the_saved_weights(model_dir: Path) -> None:
 def test_the_probe_is_spread_over_the_vocabulary() -> None:
     assert all(0 <= token < VOCAB for token in probe_tokens(VOCAB))
     assert len(set(probe_tokens(151_936))) == 32
+
+
+def test_what_is_written_loads_in_transformers(tmp_path: Path) -> None:
+    model = prepare(tiny_model())
+    write_model(tmp_path, model.config, dict(model.named_parameters()), tiny_tokenizer())
+    loaded = load_model(str(tmp_path))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+    assert loaded(torch.tensor([[2, 3]])).logits.shape == (1, 2, VOCAB)
+    assert AutoTokenizer.from_pretrained(tmp_path).decode([2, 3]) == "01"
