@@ -30,7 +30,7 @@ from trainer.batch import Batch, MicroBatch, micro_batches, share
 from trainer.checkpoint import RANK_PREFIX, State
 from trainer.config import OptimizerConfig, TrainerConfig
 from trainer.objectives import Coefficients, SequenceStats, objective
-from trainer.scope import effective_sample_size
+from trainer.scope import effective_sample_size, relative_weights
 from trainer.student import Student
 
 Metrics = dict[str, float]
@@ -63,6 +63,7 @@ class Learner:
         self.config = config
         self.objective = objective(config.objective)
         self.step_number = 0
+        self.coefficients: Coefficients  # of the last step
         self._temperatures = [1.0] if temperature == 1.0 else [1.0, temperature]
         self._optimizer = _adamw(self.student.trained.values(), config.optimizer)
         self._lr_factor = _lr_factor(config.optimizer, total_steps or math.inf)
@@ -76,6 +77,7 @@ class Learner:
         clock = clock or Clock()
         stats = self._stats(batch)
         coefficients = self.objective.coefficients(stats, self.config.objective)
+        self.coefficients = coefficients
         clock.lap("perplexity")
         sums = self.backward(batch, coefficients)
         clock.lap("forward_backward")
@@ -272,9 +274,23 @@ def _path_metrics(stats: SequenceStats, coefficients: Coefficients) -> Metrics:
         "scope/teacher_path_fraction": float(stats.incorrect.float().mean()),
         "scope/student_weight_ess": float(ess(coefficients.reinforce, stats.group, stats.correct)),
         "scope/teacher_weight_ess": float(ess(coefficients.distil, stats.group, stats.incorrect)),
+        **_spread("student", coefficients.reinforce, stats.group, stats.correct),
+        **_spread("teacher", coefficients.distil, stats.group, stats.incorrect),
         # Geometric means: one trajectory of mean NLL 50 must not be the whole average.
         "ppl/student": float(known.mean().exp()) if len(known) else math.nan,
         "ppl/teacher": float(scored.mean().exp()) if len(scored) else math.nan,
+    }
+
+
+def _spread(path: str, weight: Tensor, group: Tensor, member: Tensor) -> Metrics:
+    """How uneven a path's weights are: quantiles of the weight over its group's mean weight."""
+    member = member & (weight > 0)
+    relative = relative_weights(weight, group, member)
+    return {
+        f"scope/{path}_weight_p{percent}": float(torch.quantile(relative, percent / 100))
+        if len(relative)
+        else math.nan
+        for percent in (10, 50, 90)
     }
 
 

@@ -39,6 +39,7 @@ from trainer.config import CheckpointConfig, TrainerConfig
 from trainer.learner import Clock, Learner, Metrics
 from trainer.lora import write_adapters
 from trainer.reader import GroupReader
+from trainer.samples import due, samples
 from trainer.storage import Storage
 from trainer.student import is_sharded
 
@@ -173,7 +174,8 @@ class _Leader:
         self._publish()
         orders = [group.prompt.order for group in batch.groups]
         runner.run(self._reader.trained(self._learner.step_number, taken, orders))
-        runner.run(self._record(metrics | _group_metrics(batch.groups, version)))
+        shown = self._samples(batch)
+        runner.run(self._record(metrics | _group_metrics(batch.groups, version), shown))
         self._clock.lap("record")
         # After the record, so that no step of the surviving history goes without one.
         if self._saves.due or self._saves.idle:
@@ -211,8 +213,14 @@ class _Leader:
         tensors = {name: tensor.clone() for name, tensor in weights.tensors()}
         write_model(path, self._learner.model.config, tensors, self._tokenizer)
 
-    async def _record(self, metrics: Metrics) -> None:
-        """Leaves the step's metrics for the driver, which writes them (XADD)."""
+    def _samples(self, batch: Batch) -> list[dict[str, Any]]:
+        step = self._learner.step_number
+        if not due(step):
+            return []
+        return samples(step, batch, self._learner.coefficients, self._tokenizer)
+
+    async def _record(self, metrics: Metrics, shown: list[dict[str, Any]]) -> None:
+        """Leaves the step's metrics and samples for the driver, which writes them (XADD)."""
         laps = self._clock.take()
         metrics |= laps | {"checkpoint/failures": float(self._saves.failures)}
         metrics["throughput/trained_tokens_per_s"] = metrics["tokens/trained"] / sum(laps.values())
@@ -222,7 +230,8 @@ class _Leader:
         record |= {f"queue/{name}": float(depth) for name, depth in ledger.depth.items()}
         record["queue/dead"] = float(ledger.dead)
         record |= totals((await streams.reports()).values())
-        await streams.redis.xadd(streams.key("metrics"), {"record": json.dumps(record)})
+        entry = {"record": json.dumps(record), "samples": json.dumps(shown)}
+        await streams.redis.xadd(streams.key("metrics"), entry)
 
 
 class _Saves:
@@ -369,6 +378,8 @@ def _group_metrics(groups: Sequence[ScoredGroup], version: int) -> Metrics:
         "response_length/mean": float(np.mean([len(t.token_ids) for t in trajectories])),
         "response_length/truncated_fraction": sum(t.finish == "length" for t in trajectories)
         / count,
+        # Of the policy that sampled, estimated from what it sampled.
+        "actor/entropy": -float(np.mean(np.concatenate([t.logprobs for t in trajectories]))),
         "teacher/scored_tokens": float(
             sum(len(lp) for g in groups for lp in g.teacher_logprobs.values())
         ),

@@ -52,6 +52,15 @@ def path_weights(
     return weight
 
 
+def relative_weights(weight: Tensor, group: Tensor, member: Tensor) -> Tensor:
+    """[members] each member's weight over the mean of its group's: 1 where all weigh the same."""
+    groups = int(group.max()) + 1 if group.numel() else 0
+    zeros = weight.new_zeros(groups)
+    total = zeros.index_add(0, group, weight)
+    count = zeros.index_add(0, group, member.to(weight.dtype))
+    return (weight * count[group] / total[group])[member]
+
+
 def effective_sample_size(weight: Tensor, group: Tensor, member: Tensor) -> Tensor:
     """Mean over the groups with members of (Σw)² / Σw²: 1 when one trajectory has it all, the
     number of members when all weigh the same. Zero when no group has members."""
