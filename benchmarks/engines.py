@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +43,7 @@ from teacher.scorer import build_scorer
 
 PROMPTS, PROMPT_TOKENS, N, NEW_TOKENS = 16, 64, 8, 64
 SEQUENCES, SEQUENCE_TOKENS = 48, 256
-ROUNDS = 3
+ROUNDS = 6
 ARGS = {"kv_cache_memory_bytes": 1 << 30}
 
 
@@ -67,17 +68,31 @@ def published(model: Qwen3ForCausalLM, version: int) -> Weights:
     return Weights.flatten(version, model.named_parameters(), probe, logprobs)
 
 
-async def tokens_per_s(work: dict[str, Callable[[], Awaitable[int]]]) -> dict[str, float]:
-    """Median over the rounds of each contestant; their rounds alternate, as a machine's speed
-    drifts."""
-    rates: dict[str, list[float]] = {name: [] for name in work}
+async def race(work: dict[str, Callable[[], Awaitable[int]]]) -> dict[str, Any]:
+    """Median tokens/s of each contestant over the rounds, and its median CPU seconds, in all
+    processes, for a thousand tokens: the figure that other work on the machine disturbs least.
+    Each round goes through them in another order, as a machine's speed drifts."""
+    names = list(work)
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    costs: dict[str, list[float]] = {name: [] for name in names}
     for number in range(ROUNDS + 1):
-        for name, run in work.items():
-            started = time.perf_counter()
-            tokens = await run()
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            started, spent = time.perf_counter(), cpu_s()
+            tokens = await work[name]()
             if number:  # the first warms up
                 rates[name].append(tokens / (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in rates.items()}
+                costs[name].append(1000 * (cpu_s() - spent) / tokens)
+    return {
+        "tokens_per_s": {name: statistics.median(values) for name, values in rates.items()},
+        "cpu_s_per_1000_tokens": {n: statistics.median(values) for n, values in costs.items()},
+    }
+
+
+def cpu_s() -> float:
+    """CPU seconds so far of this process and of those that it started."""
+    own = psutil.Process()
+    times = [process.cpu_times() for process in [own, *own.children(recursive=True)]]
+    return sum(t.user + t.system for t in times)
 
 
 async def generated(llm: Any, ids: list[int], **params: Any) -> Any:
@@ -117,14 +132,14 @@ async def rollout(directory: Path, model: Qwen3ForCausalLM) -> dict[str, Any]:
         )
         return sum(len(c.token_ids) for output in outputs for c in output.outputs)
 
-    rates = await tokens_per_s(
+    figures = await race(
         {name: (lambda engine=engine: ours(engine)) for name, engine in engines.items()}
         | {"bare vllm": bare}
     )
     first = {name: await first_token_s(engine, weights) for name, engine in engines.items()}
     for engine in engines.values():
         await engine.close()
-    return {"tokens_per_s": rates, "weights_to_first_token_s": first}
+    return figures | {"weights_to_first_token_s": first}
 
 
 async def first_token_s(engine: Engine, weights: Weights) -> float:
@@ -159,12 +174,12 @@ async def scoring(directory: Path) -> dict[str, Any]:
         )
         return SEQUENCES * SEQUENCE_TOKENS
 
-    rates = await tokens_per_s(
+    figures = await race(
         {name: (lambda scorer=scorer: ours(scorer)) for name, scorer in scorers.items()}
         | {"bare vllm": bare}
     )
     await scorers["vllm"].close()
-    return {"tokens_per_s": rates}
+    return figures
 
 
 def _rollout(kind: str) -> RolloutConfig:
@@ -198,12 +213,15 @@ def machine() -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> Table:
     """The figures of one run, for a person."""
-    made = Table("engine", "tokens/s", "s from new weights to first token")
+    made = Table(
+        "engine", "tokens/s", "CPU s per 1,000 tokens", "s from new weights to first token"
+    )
     first = result["rollout"]["weights_to_first_token_s"]
     for role in ("rollout", "scoring"):
         for name, rate in result[role]["tokens_per_s"].items():
             seconds = f"{first[name]:.3f}" if role == "rollout" and name in first else ""
-            made.add_row(f"{role}: {name}", f"{rate:,.0f}", seconds)
+            cost = result[role]["cpu_s_per_1000_tokens"][name]
+            made.add_row(f"{role}: {name}", f"{rate:,.0f}", f"{cost:.3f}", seconds)
     return made
 
 
