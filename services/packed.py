@@ -165,11 +165,20 @@ def hidden_states(model: PreTrainedModel, pack: Pack) -> Tensor:
     return hidden[pack.sources]
 
 
-def token_logprobs(model: PreTrainedModel, pack: Pack, temperatures: Sequence[float]) -> Tensor:
-    """[K, C] float32 log-probs of the scored tokens, one row a temperature. Differentiable."""
+def token_logprobs(
+    model: PreTrainedModel,
+    pack: Pack,
+    temperatures: Sequence[float],
+    others: Tensor | None = None,
+) -> Tensor:
+    """[K, C] float32 log-probs of the scored tokens, one row a temperature. Differentiable. With
+    `others`, [C, M] more token ids at each place, [K, C, 1 + M]: the scored token comes first."""
     hidden = hidden_states(model, pack)
     head = output_head(model)
-    return linear_logprobs(hidden, head.weight, head.bias, pack.targets, temperatures).logprobs
+    targets = pack.targets
+    if others is not None:
+        targets = torch.cat([targets[:, None], others], 1)
+    return linear_logprobs(hidden, head.weight, head.bias, targets, temperatures).logprobs
 
 
 def output_head(model: PreTrainedModel) -> torch.nn.Linear:
@@ -187,7 +196,7 @@ def output_head(model: PreTrainedModel) -> torch.nn.Linear:
 class LogProbs(NamedTuple):
     """What `linear_logprobs` gives; all float32."""
 
-    logprobs: Tensor  # [K, C] of the targets, one row a temperature
+    logprobs: Tensor  # [K, C] or [K, C, M] of the targets, one row a temperature
     entropy: Tensor  # [C] nats, of the distribution at the last temperature; has no gradient
 
 
@@ -205,15 +214,17 @@ def linear_logprobs(
     products run in its precision; all else is float32.
 
     Args:
-        hidden: [C, H]. weight: [V, H]. bias: [V] or None. targets: [C] int64.
+        hidden: [C, H]. weight: [V, H]. bias: [V] or None.
+        targets: [C] int64, or [C, M] for several tokens at each place.
         temperatures: K of them.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     apply: Any = _LinearLogProbs.apply
-    *rows, entropy = apply(hidden, weight, bias, targets, tuple(temperatures))
-    return LogProbs(torch.stack(rows), entropy)
+    columns = targets if targets.ndim == 2 else targets[:, None]
+    *rows, entropy = apply(hidden, weight, bias, columns, tuple(temperatures))
+    return LogProbs(torch.stack(rows).view(len(rows), *targets.shape), entropy)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -225,25 +236,24 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
+        targets: Tensor,  # [C, M]
         temperatures: tuple[float, ...],
     ) -> tuple[Tensor, ...]:
-        count = len(targets)
-        logprobs = hidden.new_empty(len(temperatures), count, dtype=torch.float32)
-        normaliser = torch.empty_like(logprobs)
-        entropy = torch.empty_like(logprobs[0])
+        logprobs = hidden.new_empty(len(temperatures), *targets.shape, dtype=torch.float32)
+        normaliser = hidden.new_empty(len(temperatures), len(targets), 1, dtype=torch.float32)
+        entropy = hidden.new_empty(len(targets), dtype=torch.float32)
         for part in _chunks(hidden, weight):
             logits = F.linear(hidden[part], weight, bias).float()
-            chosen = logits.gather(1, targets[part, None]).squeeze(1)
+            chosen = logits.gather(1, targets[part])
             power = torch.empty_like(logits)
             peak = logits.amax(1, keepdim=True)
             for row, temperature in enumerate(temperatures):
                 torch.sub(logits, peak, out=power)
-                total = power.div_(temperature).exp_().sum(1)
-                normaliser[row, part] = total.log() + peak.squeeze(1) / temperature
+                total = power.div_(temperature).exp_().sum(1, keepdim=True)
+                normaliser[row, part] = total.log() + peak / temperature
                 logprobs[row, part] = chosen / temperature - normaliser[row, part]
-            mean = torch.linalg.vecdot(power, logits) / total
-            entropy[part] = normaliser[-1, part] - mean / temperatures[-1]
+            mean = torch.linalg.vecdot(power, logits) / total.squeeze(1)
+            entropy[part] = normaliser[-1, part].squeeze(1) - mean / temperatures[-1]
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
         ctx.temperatures = temperatures
         ctx.set_materialize_grads(False)
@@ -269,10 +279,10 @@ class _LinearLogProbs(torch.autograd.Function):
             logits = F.linear(hidden[part], weight, bias).float()
             slope = None  # of the loss by the logits
             for row, temperature, gradient in wanted:
-                scaled = (gradient[part] / temperature)[:, None]
+                scaled = gradient[part] / temperature
                 power = logits.div(temperature) if len(wanted) > 1 else logits.div_(temperature)
-                power.sub_(normaliser[row, part, None]).exp_().mul_(-scaled)
-                power.scatter_add_(1, targets[part, None], scaled)
+                power.sub_(normaliser[row, part]).exp_().mul_(-scaled.sum(1, keepdim=True))
+                power.scatter_add_(1, targets[part], scaled)
                 slope = power if slope is None else slope.add_(power)
             if slope is None:
                 break

@@ -60,8 +60,12 @@ def test_one_row_a_temperature() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("reached", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("shape", [(11,), (11, 3)])
 def test_log_probs_in_chunks_are_the_plain_ones_and_so_are_their_gradients(
-    monkeypatch: pytest.MonkeyPatch, bias: bool, reached: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    bias: bool,
+    reached: tuple[int, ...],
+    shape: tuple[int, ...],
 ) -> None:
     """Against log_softmax in float64; `reached` are the temperatures that the loss looks at."""
     torch.manual_seed(0)
@@ -71,11 +75,11 @@ def test_log_probs_in_chunks_are_the_plain_ones_and_so_are_their_gradients(
         torch.randn(30, 6).requires_grad_(),
         torch.randn(30).requires_grad_(bias),
     ]
-    targets, pull = torch.randint(0, 30, (11,)), torch.randn(2, 11)
+    targets, pull = torch.randint(0, 30, shape), torch.randn(2, *shape)
     hidden, weight, offset = (x.detach().double().requires_grad_() for x in leaves)
     logits = hidden @ weight.T + (offset if bias else 0.0)
     tables = [(logits / t).log_softmax(1) for t in temperatures]
-    plain = torch.stack([t.gather(1, targets[:, None])[:, 0] for t in tables])
+    plain = torch.stack([t.gather(1, targets.view(11, -1)).view(shape) for t in tables])
     (plain[list(reached)] * pull[list(reached)].double()).sum().backward()
 
     monkeypatch.setitem(packed.CHUNK_BYTES, "cpu", 4 * 4 * 30)  # four tokens at once
