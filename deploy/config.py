@@ -27,13 +27,18 @@ class ConfigError(ValueError):
 
 
 class EvaluationConfig(Config):
-    """Held-out accuracy, measured before and after training on the run's own workers."""
+    """Held-out accuracy, measured on the run's own workers before and after training, and
+    meanwhile."""
 
     data: DataConfig
     sampling: SamplingConfig
     prompts: int | None = Field(default=None, ge=1)
     """Only the first so many prompts; None takes all."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Also while training goes on, whenever so many steps have passed. Evaluation prompts go before
+    training prompts; weights may become newer while one is under way."""
     timeout_s: float = Field(default=3600.0, gt=0)
+    """How long one prompt may keep the evaluation waiting for the next."""
 
 
 class RayConfig(Config):

@@ -68,14 +68,15 @@ class Console:
         """The closing table: held-out accuracy before and after."""
         if not results:
             return
-        k = next(iter(results.values())).k
+        k = next(iter(results.values())).score.k
         table = Table(title="held-out accuracy")
         for heading in ("", "weights", f"Avg@{k}", f"Pass@{k}", "prompts", "truncated", "unknown"):
             table.add_column(heading, justify="right")
-        for label, r in results.items():
+        for label, result in results.items():
+            s = result.score
             table.add_row(
-                label, f"step {r.version}", f"{r.avg_at_k:.1%}", f"{r.pass_at_k:.1%}",
-                str(r.prompts), str(r.truncated), str(r.unknown),
+                label, f"step {result.version}", f"{s.avg_at_k.value:.1%}",
+                f"{s.pass_at_k.value:.1%}", str(s.prompts), str(s.truncated), str(s.unknown),
             )  # fmt: skip
         self._rich.print(table)
 

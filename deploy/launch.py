@@ -110,8 +110,12 @@ class Run:
             max_staleness=self.config.trainer.max_staleness,
         )
         self.console.say(f"training on {self.preflight.total_groups} prompts")
+        trained = asyncio.Event()
+        evaluating = asyncio.create_task(self._evaluate_meanwhile(connection, trained))
         await _unless(watch, feeder.run())
         await _unless(watch, learner)
+        trained.set()
+        await _unless(watch, evaluating)
         streams = connection.streams()
         final = (await streams.ledger()).step
         await streams.redis.aclose()
@@ -299,6 +303,7 @@ class Run:
         for entry, fields in entries:
             record = json.loads(fields[b"record"])
             recorder.write(record)
+            recorder.show(json.loads(fields[b"samples"]))
             self.console.step(record)
             await streams.redis.xdel(key, entry)
 
@@ -321,9 +326,29 @@ class Run:
             return
         count = min(len(source), config.prompts or len(source))
         self.console.say(f"evaluating {label} training: {count} held-out prompts")
-        result = await evaluate(connection, source, config, version=version)
+        result = await evaluate(
+            connection, source, range(count), version=version, timeout_s=config.timeout_s
+        )
         result.write(self.directory, label)
         self.evaluations[label] = result
+
+    async def _evaluate_meanwhile(self, connection: Connection, trained: asyncio.Event) -> None:
+        """Every `evaluation.every_steps` steps, on the same workers, while training goes on. The
+        one under way when it has ended is finished: its prompts must not meet the next one's."""
+        every = self.config.evaluation.every_steps if self.config.evaluation else None
+        if every is None:
+            return
+        streams = connection.streams()
+        due = ((await streams.ledger()).step // every + 1) * every
+        while not trained.is_set():
+            step = (await streams.ledger()).step
+            if step >= due:
+                await self._evaluate(connection, f"step-{step:06d}", version=step)
+                due = (step // every + 1) * every
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_WATCH_S):
+                    await trained.wait()
+        await streams.redis.aclose()
 
 
 def start(config: RunConfig, console: Console, *, directory: Path | None = None) -> Run:

@@ -1,4 +1,5 @@
-"""A run's metrics: `metrics.jsonl` and TensorBoard files, one record a gradient step.
+"""A run's metrics: `metrics.jsonl` and TensorBoard files, one record a gradient step; and the
+trajectories that it shows, in `trajectories.jsonl`.
 
 The learner leaves each step's record in Redis and the driver writes it here, so that the run
 directory has one writer, wherever the learner is.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,6 +50,12 @@ class Recorder:
             if "/" in name and isinstance(value, int | float) and math.isfinite(value):
                 self._tensorboard.add_scalar(name, value, step)
 
+    def show(self, samples: Iterable[dict[str, Any]]) -> None:
+        """Appends trajectories for people to look at; `samples` of a step that is trained again
+        follow those of the first time, and `read_samples` gives the last."""
+        with (self._path.parent / "trajectories.jsonl").open("a") as file:
+            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+
     def _drop_from(self, step: int) -> None:
         self._file.close()
         kept = [line for line in self._path.read_text().splitlines() if _step(line) < step]
@@ -59,7 +67,16 @@ class Recorder:
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """All whole records of a run; a line torn by a crash is left out."""
-    path = run_dir / "metrics.jsonl"
+    return _lines(run_dir / "metrics.jsonl")
+
+
+def read_samples(run_dir: Path) -> list[dict[str, Any]]:
+    """The trajectories that a run shows, each prompt of a step once."""
+    found = {(s["step"], s["prompt"]): s for s in _lines(run_dir / "trajectories.jsonl")}
+    return list(found.values())
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 

@@ -1,38 +1,55 @@
+"""What is counted of a verified group, and that a result survives being written down."""
+
 from __future__ import annotations
 
-from itertools import combinations
+from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from deploy.evaluate import pass_at_k, summarise
-from services.trajectory import VerifiedGroup
+from deploy.accuracy import Estimate
+from deploy.evaluate import Result, Tally
+from services.trajectory import RolloutGroup, Trajectory, VerifiedGroup
 from tests.builders import scored_group
 
-
-@given(st.data(), st.integers(1, 8))
-def test_pass_at_k_is_the_fraction_of_draws_with_a_correct_one(
-    data: st.DataObject, samples: int
-) -> None:
-    correct = data.draw(st.integers(0, samples))
-    k = data.draw(st.integers(1, samples))
-    draws = list(combinations(range(samples), k))
-    hits = sum(any(i < correct for i in draw) for draw in draws)
-    assert pass_at_k(samples, correct, k) == pytest.approx(hits / len(draws))
+GROUPS: list[VerifiedGroup] = [
+    scored_group(["correct", "incorrect", "incorrect", "incorrect"]).verified,
+    scored_group(["incorrect", "incorrect", "unknown", "incorrect"], order=1).verified,
+    scored_group(["correct", "correct", "correct", "incorrect"], order=2).verified,
+]
 
 
 def test_accuracy_by_hand() -> None:
-    groups: list[VerifiedGroup] = [
-        scored_group(["correct", "incorrect", "incorrect", "incorrect"]).verified,
-        scored_group(["incorrect", "incorrect", "unknown", "incorrect"]).verified,
-        scored_group(["correct", "correct", "correct", "incorrect"]).verified,
-    ]
-    result = summarise(groups, version=7)
-    assert result.avg_at_k == pytest.approx((1 / 4 + 0 + 3 / 4) / 3)
-    assert result.pass_at_k == pytest.approx(2 / 3)
-    assert (result.k, result.prompts, result.unknown, result.version) == (4, 3, 1, 7)
+    score = Result(7, tuple(map(Tally.of, GROUPS))).score
+    assert score.avg_at_k.value == pytest.approx((1 / 4 + 0 + 3 / 4) / 3)
+    assert score.pass_at_k.value == pytest.approx(2 / 3)
+    assert (score.k, score.prompts, score.unknown, score.truncated) == (4, 3, 1, 0)
+    # Four draws with replacement find the one correct of four with 1 − (3/4)⁴, the three with 1.
+    expected = (1 - (3 / 4) ** 4 + 1 - (1 / 4) ** 4) / 3
+    assert score.pass_at_k_bootstrap.value == pytest.approx(expected, abs=0.02)
+
+
+def test_truncated_and_unknown_are_counted_apart() -> None:
+    verified = GROUPS[1]
+    cut = Trajectory(np.array([3], np.int32), np.array([-1.0], np.float32), "length", "")
+    rollout = RolloutGroup(verified.rollout.prompt, (cut, *verified.rollout.trajectories[1:]), 3)
+    tally = Tally.of(VerifiedGroup(rollout, verified.verdicts))
+    assert (tally.truncated, tally.unknown, tally.correct, tally.samples) == (1, 1, 0, 4)
+    assert tally.weight_version == 3
+
+
+def test_every_data_source_has_its_score() -> None:
+    tallies = [Tally("0", "a", 4, 4, 0, 0, 0), Tally("1", "b", 4, 0, 0, 0, 0)]
+    found = Result(0, tuple(tallies)).by_source
+    assert {name: score.avg_at_k.value for name, score in found.items()} == {"a": 1.0, "b": 0.0}
+
+
+def test_a_result_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    result = Result(7, tuple(map(Tally.of, GROUPS)))
+    result.write(tmp_path, "after")
+    assert Result.read(tmp_path, "after") == result
+    assert Result.read(tmp_path, "before") is None
 
 
 def test_no_prompts_are_no_accuracy() -> None:
-    assert summarise([], version=0).avg_at_k == 0.0
+    assert Result(0, ()).score.avg_at_k == Estimate(0.0, 0.0, 0.0)
