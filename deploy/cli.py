@@ -93,6 +93,18 @@ def dead(
 
 
 @app.command()
+def scale(
+    run_dir: RunDir,
+    wishes: Annotated[list[str], typer.Argument(help="ROLE=COUNT …, such as rollout=8.")],
+) -> None:
+    """More or fewer rollout, verifier or teacher workers, while a run goes on."""
+    from deploy.scale import parse
+    from deploy.scale import scale as leave
+
+    asyncio.run(leave(run_dir, parse(wishes)))
+
+
+@app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="JSONL: completion, reference, data_source.")],
     config: Annotated[Path | None, typer.Option(help="The run whose verifier judges.")] = None,

@@ -35,7 +35,14 @@ class WorkerFailed(RuntimeError):
 
 
 @dataclass
+class _Role:
+    make: Callable[[str], Any]  # a new actor of that name
+    hired: int = 0  # so far: a name is given once
+
+
+@dataclass
 class _Worker:
+    role: str
     name: str
     make: Callable[[], Any]  # a new actor
     actor: Any = None
@@ -43,20 +50,60 @@ class _Worker:
     started: float = 0.0
     restarts: int = 0
     due: float | None = None  # when it is to be started again
+    leaving: float | None = None  # since when
+    told: Any = None  # its answer to that
 
 
 class Crew:
     """All stage workers of a run. `say` tells the user what happens to them."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, run: str, say: Callable[[str], None]) -> None:
+        self._run = run
         self._say = say
+        self._roles: dict[str, _Role] = {}
         self._workers: list[_Worker] = []
 
-    def add(self, name: str, cls: type[Any], resources: Resources, *args: Any) -> None:
-        """Starts a worker: an actor of `cls`, made with `args` and its name."""
-        worker = _Worker(name, functools.partial(_actor, cls, resources, name, *args))
+    def staff(
+        self, role: str, count: int, cls: type[Any], resources: Resources, *args: Any
+    ) -> None:
+        """Starts the workers of a role: actors of `cls`, made with `args` and their names."""
+        self._roles[role] = _Role(functools.partial(_actor, cls, resources, args))
+        for _ in range(count):
+            self._hire(role)
+
+    def scale(self, role: str, count: int) -> None:
+        """Hires workers or lets the newest go, until a role has `count`. Those that leave finish
+        what they hold; those that find no room wait for nodes."""
+        workers = [w for w in self._workers if w.role == role and w.leaving is None]
+        if len(workers) != count:
+            self._say(f"{role}: {len(workers)} → {count} workers")
+        for worker in workers[count:]:
+            worker.leaving = time.monotonic()
+            with suppress(RayActorError):
+                worker.told = worker.actor.stop.remote()
+        for _ in range(len(workers), count):
+            self._hire(role)
+
+    def _hire(self, name: str) -> None:
+        role = self._roles[name]
+        full = f"{self._run}-{name}-{role.hired}"
+        role.hired += 1
+        worker = _Worker(name, full, functools.partial(role.make, full))
         self._workers.append(worker)
         _start(worker)
+
+    def _let_go(self) -> None:
+        """Ends the workers that have left, and those that were never there to be told."""
+        for worker in [w for w in self._workers if w.leaving is not None]:
+            assert worker.task is not None and worker.leaving is not None
+            deaf = (
+                time.monotonic() - worker.leaving > _STOP_S
+                and not ray.wait([worker.told], timeout=0)[0]
+            )
+            if worker.task.done() or deaf:
+                ray.kill(worker.actor)
+                worker.task.add_done_callback(lambda task: task.exception())  # is looked at
+                self._workers.remove(worker)
 
     def revive(self) -> list[str]:
         """Looks after every worker; to be called again and again.
@@ -67,9 +114,12 @@ class Crew:
         Raises:
             WorkerFailed: one failed by itself, or died too often.
         """
+        self._let_go()
         now = time.monotonic()
         dead = []
         for worker in self._workers:
+            if worker.leaving is not None:
+                continue
             if worker.due is not None:
                 if now >= worker.due:
                     worker.due = None
@@ -103,7 +153,7 @@ class Crew:
             await asyncio.wait(tasks, timeout=_STOP_S)
 
 
-def _actor(cls: type[Any], resources: Resources, name: str, *args: Any) -> Any:
+def _actor(cls: type[Any], resources: Resources, args: tuple[Any, ...], name: str) -> Any:
     return (
         ray.remote(cls)
         .options(

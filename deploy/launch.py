@@ -31,6 +31,7 @@ from deploy.config import RunConfig, dump
 from deploy.console import Console
 from deploy.crew import Crew, WorkerFailed
 from deploy.evaluate import Result, evaluate
+from deploy.placement import roles, wait_for_room
 from deploy.preflight import Preflight, check
 from deploy.restore import restore
 from deploy.status import write_snapshot
@@ -84,9 +85,12 @@ class Run:
             await self._prepare_streams(streams, connection)
             self._start_ray(stack)
             _cancel_on_signals()
+            await wait_for_room(
+                roles(self.config), timeout_s=self.config.ray.wait_for_nodes_s, say=self.console.say
+            )
             store = start_store(f"{self.config.name}-weights")
             teacher_url, key = await self._start_teacher()
-            crew = Crew(self.console.say)
+            crew = Crew(self.config.name, self.console.say)
             stack.push_async_callback(crew.stop)
             self._start_workers(crew, connection, store, teacher_url, key)
             learner = self._start_learner(connection, store)
@@ -203,21 +207,18 @@ class Run:
     ) -> None:
         config = self.config
         need = objective(config.trainer.objective).teacher
-        for number in range(config.rollout.workers):
-            crew.add(
-                f"{config.name}-rollout-{number}", RolloutWorker, config.rollout.resources,
-                connection, config.rollout, config.student, StoreFeed(store),
-            )  # fmt: skip
-        for number in range(config.verifier.workers):
-            crew.add(
-                f"{config.name}-verifier-{number}", VerifierWorker, config.verifier.resources,
-                connection, config.verifier,
-            )  # fmt: skip
-        for number in range(config.teacher.workers):
-            crew.add(
-                f"{config.name}-teacher-{number}", TeacherWorker, Resources(cpus=0.0),
-                connection, config.teacher, url, key, need, self.preflight.teacher.model,
-            )  # fmt: skip
+        crew.staff(
+            "rollout", config.rollout.workers, RolloutWorker, config.rollout.resources,
+            connection, config.rollout, config.student, StoreFeed(store),
+        )  # fmt: skip
+        crew.staff(
+            "verifier", config.verifier.workers, VerifierWorker, config.verifier.resources,
+            connection, config.verifier,
+        )  # fmt: skip
+        crew.staff(
+            "teacher", config.teacher.workers, TeacherWorker, Resources(cpus=0.0),
+            connection, config.teacher, url, key, need, self.preflight.teacher.model,
+        )  # fmt: skip
 
     def _start_learner(self, connection: Connection, store: Any) -> asyncio.Future[None]:
         made = trainer(
@@ -252,6 +253,8 @@ class Run:
                 for dead in crew.revive():
                     for lane in (streams, evaluation):
                         await lane.abandon(consumers_of(dead))
+                for role, count in (await streams.wanted()).items():
+                    crew.scale(role, count)
                 await self._record(streams, recorder)
                 ledger = await self._snapshot(streams)
                 self.console.progress(ledger, self.preflight.total_groups)

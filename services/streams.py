@@ -444,6 +444,15 @@ class Streams:
             },
         )
 
+    async def want(self, role: str, count: int) -> None:
+        """Leaves how many workers of a role the user wants, for the run's driver (HSET)."""
+        await self.redis.hset(self._prefix + "wanted", role, count)
+
+    async def wanted(self) -> dict[str, int]:
+        """What `want` left."""
+        raw: Any = await self.redis.hgetall(self._prefix + "wanted")
+        return {role.decode(): int(count) for role, count in raw.items()}
+
     async def report(self, worker: str, state: dict[str, Any]) -> None:
         """Leaves a worker's state where `scope status` finds it (HSET)."""
         await self.redis.hset(self._workers, worker, json.dumps(state))
