@@ -1,8 +1,9 @@
 """One run, from nothing to an exported student: starts every part, watches over them, and ends.
 
-    Redis ─▶ Ray ─▶ weight store ─▶ teacher (Serve) ─▶ workers ─▶ learner (Ray Train)
-                                                                        │
-    evaluate before ─▶ feed ─▶ watch: restart the dead, stop on faults ◀┘ ─▶ evaluate after
+    Redis ─▶ Ray ─▶ room for all? ─▶ weight store ─▶ learner (Ray Train) ─▶ teacher ─▶ workers
+                                                                                          │
+    evaluate before ─▶ feed ─▶ watch: restart the dead, scale, stop on faults ◀───────────┘
+                          └──▶ evaluate after
 
 The run directory belongs to the driver alone, and is all that `scope resume` needs.
 """
@@ -31,7 +32,7 @@ from deploy.config import RunConfig, dump
 from deploy.console import Console
 from deploy.crew import Crew, WorkerFailed
 from deploy.evaluate import Result, evaluate
-from deploy.placement import roles, wait_for_room
+from deploy.placement import reserved, roles, wait_for_room
 from deploy.preflight import Preflight, check
 from deploy.restore import restore
 from deploy.status import write_snapshot
@@ -55,6 +56,7 @@ from verifier.worker import VerifierWorker
 log = logging.getLogger(__name__)
 
 _WATCH_S = 0.5
+_RESERVE_S, _RESERVE_POLL_S = 60.0, 0.1
 
 
 class RunFailed(RuntimeError):
@@ -89,11 +91,11 @@ class Run:
                 roles(self.config), timeout_s=self.config.ray.wait_for_nodes_s, say=self.console.say
             )
             store = start_store(f"{self.config.name}-weights")
+            learner = await self._start_learner(connection, store)
             teacher_url, key = await self._start_teacher()
             crew = Crew(self.config.name, self.console.say)
             stack.push_async_callback(crew.stop)
             self._start_workers(crew, connection, store, teacher_url, key)
-            learner = self._start_learner(connection, store)
             recorder = stack.enter_context(Recorder(self.directory))
             watch = asyncio.create_task(self._watch(streams, recorder, learner, crew))
             stack.callback(watch.cancel)
@@ -220,7 +222,9 @@ class Run:
             connection, config.teacher, url, key, need, self.preflight.teacher.model,
         )  # fmt: skip
 
-    def _start_learner(self, connection: Connection, store: Any) -> asyncio.Future[None]:
+    async def _start_learner(self, connection: Connection, store: Any) -> asyncio.Future[None]:
+        """Returns when Ray Train has reserved its ranks, so that whatever starts next takes only
+        what they leave."""
         made = trainer(
             LoopConfig(
                 connection=connection,
@@ -233,7 +237,15 @@ class Run:
                 seed=self.config.seed,
             )
         )
-        return _in_thread(made.fit)
+        before = reserved()
+        learner = _in_thread(made.fit)
+        try:
+            async with asyncio.timeout(self.config.ray.wait_for_nodes_s + _RESERVE_S):
+                while not (learner.done() or reserved() - before):
+                    await asyncio.sleep(_RESERVE_POLL_S)
+        except TimeoutError:
+            raise self._failed("Ray Train reserved no resources for the learner") from None
+        return learner
 
     # ---------------------------------------------------------------------------- watching
 
