@@ -106,6 +106,9 @@ class Stage:
     _working: dict[Claim, asyncio.Task[bytes]] = field(default_factory=dict)
     _done: int = 0
     _lost: int = 0
+    _failed: int = 0
+    _unavailable: int = 0
+    _busy_s: float = 0.0
     _waiting_for: str = ""
     _waiting_since: float = 0.0
 
@@ -163,15 +166,18 @@ class Stage:
         # A task of its own, so that its error is a value to be judged rather than a crash.
         work = asyncio.create_task(self._process_patiently(item.payload))
         self._working[item] = work
+        started = time.monotonic()
         try:
             await asyncio.wait({work})
         finally:
+            self._busy_s += time.monotonic() - started
             del self._working[item]
             work.cancel()
         if work.cancelled():  # by the heartbeat: another worker has the item now
             self._lost += 1
             return
         error = work.exception()
+        self._failed += error is not None
         if error is None:
             if await item.lane.hand_off(item, self.target, work.result()):
                 self._done += 1
@@ -195,6 +201,7 @@ class Stage:
             try:
                 result = await self.process(payload)
             except Unavailable as error:
+                self._unavailable += 1
                 waited = time.monotonic() - started
                 if waited > self.config.patience_s:
                     raise PatienceExceeded(
@@ -235,6 +242,9 @@ class Stage:
             "active": len(self._working),
             "done": self._done,
             "lost": self._lost,
+            "failed": self._failed,
+            "unavailable": self._unavailable,
+            "busy_s": self._busy_s,
             "waiting_for": self._waiting_for,
             "waiting_since": self._waiting_since,
             "details": self.details(),
