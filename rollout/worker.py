@@ -66,6 +66,7 @@ class RolloutWorker:
         self._version = -1  # the newest that the engine has; -1 before the first
         self._changed = asyncio.Condition()
         self._stopping = asyncio.Event()
+        self._sampled_tokens = 0
 
     async def run(self) -> None:
         """Works until `stop`; then finishes the prompts that it holds.
@@ -101,6 +102,7 @@ class RolloutWorker:
                 capacity=self._config.capacity,
                 config=self._connection.config,
                 stopping=self._stopping,
+                details=lambda: {"sampled_tokens": float(self._sampled_tokens)},
             )
             await _both(stage.run(), self._follow(engine))
 
@@ -119,6 +121,7 @@ class RolloutWorker:
             # A learner that went back to a checkpoint may have published an older version.
             if sampled.weight_version >= prompt.min_weight_version:
                 break
+        self._sampled_tokens += sum(len(c.token_ids) for c in sampled.completions)
         return RolloutGroup(
             prompt=prompt,
             trajectories=tuple(_trajectory(c, tokenizer) for c in sampled.completions),

@@ -7,6 +7,7 @@ verified ──▶ only the trajectories that the objective needs ──REST─�
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
@@ -60,6 +61,7 @@ class TeacherWorker:
             fingerprint=expected_fingerprint,
         )
         self._stopping = asyncio.Event()
+        self._asked: Counter[str] = Counter(requests=0, sequences=0, tokens=0)
 
     async def run(self) -> None:
         """Works until `stop`; then finishes the groups that it holds.
@@ -78,6 +80,7 @@ class TeacherWorker:
             capacity=self._config.capacity,
             config=self._connection.config,
             stopping=self._stopping,
+            details=lambda: dict(self._asked),
         )
         try:
             await stage.run()
@@ -101,5 +104,9 @@ class TeacherWorker:
                 [(prompt, trajectories[place].token_ids) for place in asked]
             )
             logprobs.update(zip(asked, (score.logprobs for score in scores), strict=True))
+            completions = sum(len(trajectories[place].token_ids) for place in asked)
+            self._asked.update(
+                requests=1, sequences=len(asked), tokens=len(prompt) * len(asked) + completions
+            )
         teacher = self._client.fingerprint if asked else ""
         return encode(ScoredGroup(group, logprobs, teacher))
