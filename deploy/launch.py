@@ -36,6 +36,7 @@ from deploy.placement import reserved, roles, wait_for_room
 from deploy.preflight import Preflight, check
 from deploy.restore import restore
 from deploy.status import write_snapshot
+from deploy.telemetry import Telemetry
 from rollout.feeder import Feeder
 from rollout.worker import RolloutWorker
 from services.config import Resources
@@ -72,6 +73,7 @@ class Run:
     console: Console
     preflight: Preflight
     resumed: bool
+    telemetry: Telemetry
     evaluations: dict[str, Result] = field(default_factory=dict)
 
     async def execute(self) -> None:
@@ -263,6 +265,7 @@ class Run:
             while True:
                 await asyncio.sleep(_WATCH_S)
                 for dead in crew.revive():
+                    self.telemetry.died(dead)
                     for lane in (streams, evaluation):
                         await lane.abandon(consumers_of(dead))
                 for role, count in (await streams.wanted()).items():
@@ -318,6 +321,7 @@ class Run:
         for entry, fields in entries:
             record = json.loads(fields[b"record"])
             recorder.write(record)
+            self.telemetry.step(record)
             recorder.show(json.loads(fields[b"samples"]))
             self.console.step(record)
             await streams.redis.xdel(key, entry)
@@ -326,6 +330,7 @@ class Run:
         """Leaves the ledger in the run directory, where it is found when Redis is gone."""
         ledger = await streams.ledger()
         write_snapshot(self.directory, ledger)
+        self.telemetry.look(ledger, await streams.reports())
         return ledger
 
     # ------------------------------------------------------------------- evaluating, ending
@@ -378,7 +383,7 @@ def start(config: RunConfig, console: Console, *, directory: Path | None = None)
         config = config.model_copy(update={"name": directory.name})
         (directory / "config.yaml").write_text(dump(config))
     console.say(f"run directory: {directory}")
-    return Run(config, directory, console, preflight, resumed)
+    return Run(config, directory, console, preflight, resumed, Telemetry(config.name))
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
