@@ -20,6 +20,15 @@ app = typer.Typer(
     add_completion=False,
 )
 
+monitoring = typer.Typer(help="Prometheus and Grafana for the runs of a cluster.")
+app.add_typer(monitoring, name="monitoring")
+
+
+@monitoring.callback()
+def _monitoring() -> None:
+    """Keeps `up` a command of its own: Typer would melt a group's only one into the group."""
+
+
 ConfigPath = Annotated[Path, typer.Argument(help="A run's YAML config.")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
 Overrides = Annotated[
@@ -102,6 +111,20 @@ def scale(
     from deploy.scale import scale as leave
 
     asyncio.run(leave(run_dir, parse(wishes)))
+
+
+@monitoring.command()
+def up(
+    directory: Annotated[Path, typer.Argument(help="Where to write.")] = Path("monitoring"),
+    address: Annotated[
+        str, typer.Option(help="The Ray cluster's dashboard.")
+    ] = "http://127.0.0.1:8265",
+) -> None:
+    """Write what Prometheus and Grafana need to show the runs of a Ray cluster."""
+    from deploy.dashboards import write
+
+    write(directory, address)
+    typer.echo(f"written to {directory}; start both with: cd {directory} && docker compose up -d")
 
 
 @app.command()

@@ -29,4 +29,10 @@ if ! command -v bwrap >/dev/null 2>&1; then
         { apt-get install -y -qq bubblewrap || { apt-get update -qq && apt-get install -y -qq bubblewrap; }; } >/dev/null 2>&1; } ||
         echo "install: no bwrap found: the verifier's kind \`code\` and its tests need it (apt-get install bubblewrap)." >&2
 fi
+# The tests put the dashboard's queries and alerts to a real Prometheus. Not a Python package: Debian's.
+if ! command -v prometheus >/dev/null 2>&1; then
+    { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 &&
+        { apt-get install -y -qq --no-install-recommends prometheus || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }; } >/dev/null 2>&1; } ||
+        echo "install: no prometheus found: its tests need it (apt-get install prometheus)." >&2
+fi
 touch "$VENV/installed"

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from deploy import dashboards
 
 ROOT = Path(__file__).parents[2]
 SCOPE = Path(sys.executable).parent / "scope"
@@ -32,11 +42,54 @@ def short_run(runs: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ScrapedRun:
+    """A finished run that a Prometheus, if there is one here, scraped from its start to its end."""
+
+    directory: Path
+    prometheus: str
+    started: float
+    ended: float
+
+
 @pytest.fixture(scope="session")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scraped_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScrapedRun]:
+    runs, monitoring = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("monitoring")
+    stdout = runs / "stdout"
+    started = time.time()
+    run = subprocess.Popen(
+        [SCOPE, *short_run(runs), "ray.dashboard=true"],
+        stdout=stdout.open("w"), stderr=subprocess.STDOUT, cwd=ROOT,
+        env=os.environ | {"RAY_metrics_report_interval_ms": "1000"},
+    )  # fmt: skip
+    while not (found := re.search(r"Ray dashboard: (\S+)", stdout.read_text())):
+        assert run.poll() is None, stdout.read_text()
+        time.sleep(0.1)
+    dashboards.write(monitoring, found[1], interval_s=1)
+    with contextlib.ExitStack() as stack:
+        address = _free_address()
+        if binary := shutil.which("prometheus"):
+            server = subprocess.Popen(
+                [
+                    binary, f"--config.file={monitoring}/prometheus.yml",
+                    f"--storage.tsdb.path={monitoring}/data", f"--web.listen-address={address}",
+                ],
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            stack.callback(server.wait)
+            stack.callback(server.terminate)
+        assert run.wait(timeout=280) == 0, stdout.read_text()
+        stdout.rename(runs / "demo" / "stdout")
+        yield ScrapedRun(runs / "demo", f"http://{address}", started, time.time())
+
+
+@pytest.fixture(scope="session")
+def run_dir(scraped_run: ScrapedRun) -> Path:
     """The directory of a finished run."""
-    runs = tmp_path_factory.mktemp("runs")
-    done = scope(*short_run(runs))
-    assert done.returncode == 0, done.stdout + done.stderr
-    (runs / "demo" / "stdout").write_text(done.stdout)
-    return runs / "demo"
+    return scraped_run.directory
+
+
+def _free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
