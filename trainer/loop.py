@@ -230,7 +230,7 @@ class _Leader:
         record |= {f"queue/{name}": float(depth) for name, depth in ledger.depth.items()}
         record["queue/dead"] = float(ledger.dead)
         record |= totals((await streams.reports()).values())
-        entry = {"record": json.dumps(record), "samples": json.dumps(shown)}
+        entry: Any = {"record": json.dumps(record), "samples": json.dumps(shown)}
         await streams.redis.xadd(streams.key("metrics"), entry)
 
 
