@@ -64,10 +64,17 @@ class Crew:
         self._workers: list[_Worker] = []
 
     def staff(
-        self, role: str, count: int, cls: type[Any], resources: Resources, *args: Any
+        self,
+        role: str,
+        count: int,
+        cls: type[Any],
+        resources: Resources,
+        *args: Any,
+        **options: Any,
     ) -> None:
-        """Starts the workers of a role: actors of `cls`, made with `args` and their names."""
-        self._roles[role] = _Role(functools.partial(_actor, cls, resources, args))
+        """Starts the workers of a role: actors of `cls`, made with `args`, their names
+        and `options`."""
+        self._roles[role] = _Role(functools.partial(_actor, cls, resources, args, options))
         for _ in range(count):
             self._hire(role)
 
@@ -153,7 +160,13 @@ class Crew:
             await asyncio.wait(tasks, timeout=_STOP_S)
 
 
-def _actor(cls: type[Any], resources: Resources, args: tuple[Any, ...], name: str) -> Any:
+def _actor(
+    cls: type[Any],
+    resources: Resources,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    name: str,
+) -> Any:
     return (
         ray.remote(cls)
         .options(
@@ -164,7 +177,7 @@ def _actor(cls: type[Any], resources: Resources, args: tuple[Any, ...], name: st
             name=name,
             max_restarts=0,
         )
-        .remote(*args, name)
+        .remote(*args, name, **options)
     )
 
 

@@ -38,11 +38,12 @@ from deploy.restore import restore
 from deploy.status import write_snapshot
 from deploy.telemetry import Telemetry
 from rollout.feeder import Feeder
+from rollout.own_weights import OwnWeights
 from rollout.worker import RolloutWorker
 from services.config import Resources
 from services.metrics import Recorder
 from services.redis_server import EmbeddedRedis, resolve_url
-from services.stage import EVAL, Connection, consumers_of
+from services.stage import EVAL, TRAIN, Connection, consumers_of
 from services.streams import Ledger, Streams
 from services.weight_store import StoreFeed, start_store
 from teacher.serve import deploy_teacher
@@ -116,6 +117,7 @@ class Run:
             total=self.preflight.total_groups,
             groups_per_step=self.config.trainer.groups_per_step,
             max_staleness=self.config.trainer.max_staleness,
+            fixed_sampler=objective(self.config.trainer.objective).sampler == "teacher",
         )
         self.console.say(f"training on {self.preflight.total_groups} prompts")
         trained = asyncio.Event()
@@ -210,18 +212,23 @@ class Run:
         self, crew: Crew, connection: Connection, store: Any, url: str, key: str
     ) -> None:
         config = self.config
-        need = objective(config.trainer.objective).teacher
-        crew.staff(
-            "rollout", config.rollout.workers, RolloutWorker, config.rollout.resources,
-            connection, config.rollout, config.student, StoreFeed(store),
-        )  # fmt: skip
+        chosen = objective(config.trainer.objective)
+        student = connection, config.rollout, config.student, StoreFeed(store)
+        teacher = connection, config.rollout, config.teacher.model, OwnWeights(config.teacher.model)
+        where = RolloutWorker, config.rollout.resources
+        if chosen.sampler == "student":
+            crew.staff("rollout", config.rollout.workers, *where, *student)
+        else:
+            crew.staff("rollout", config.rollout.workers, *where, *teacher, lanes=(TRAIN,))
+            if config.evaluation is not None:
+                crew.staff("evaluation", 1, *where, *student, lanes=(EVAL,))
         crew.staff(
             "verifier", config.verifier.workers, VerifierWorker, config.verifier.resources,
             connection, config.verifier,
         )  # fmt: skip
         crew.staff(
             "teacher", config.teacher.workers, TeacherWorker, Resources(cpus=0.0),
-            connection, config.teacher, url, key, need, self.preflight.teacher.model,
+            connection, config.teacher, url, key, chosen.teacher, self.preflight.teacher.model,
         )  # fmt: skip
 
     async def _start_learner(self, connection: Connection, store: Any) -> asyncio.Future[None]:

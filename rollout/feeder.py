@@ -32,6 +32,7 @@ class Feeder:
         source: its prompts.
         total: how many of them to feed, at most `len(source)`.
         groups_per_step, max_staleness: see above.
+        fixed_sampler: whoever samples never changes, so that any weights will do.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Feeder:
         total: int,
         groups_per_step: int,
         max_staleness: int,
+        fixed_sampler: bool = False,
     ) -> None:
         self._connection = connection
         self._source = source
@@ -49,6 +51,7 @@ class Feeder:
         self._groups_per_step = groups_per_step
         self._max_staleness = max_staleness
         self._max_in_flight = groups_per_step * (max_staleness + 1)
+        self._fixed_sampler = fixed_sampler
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -98,4 +101,6 @@ class Feeder:
     def _oldest_weights(self, place: int) -> int:
         """The oldest version that may sample the prompt which is trained at `place`. Admission
         keeps it from being newer than the learner's, so nothing can wait for itself."""
+        if self._fixed_sampler:
+            return 0
         return max(0, place // self._groups_per_step - self._max_staleness)

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from rollout.config import RolloutConfig
 from rollout.engine import Completion, Engine, build_engine
 from services.models import load_tokenizer
-from services.stage import EVAL, Connection, Stage, Unavailable
+from services.stage import EVAL, TRAIN, Connection, Stage, Unavailable
 from services.trajectory import Prompt, RolloutGroup, Trajectory, decode, encode
 from services.weights import WeightFeed
 
@@ -48,6 +48,7 @@ class RolloutWorker:
             replaced by the learner's before anything is sampled.
         weights: where the learner's weights come from.
         name: for logs and status; it need not be unique.
+        lanes: whose prompts it takes, first one first.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class RolloutWorker:
         model_path: str,
         weights: WeightFeed,
         name: str,
+        lanes: Sequence[str] = (EVAL, TRAIN),
     ) -> None:
         self._connection = connection
         self._config = config
         self._model_path = model_path
         self._weights = weights
         self._name = name
+        self._lanes = lanes
         self._version = -1  # the newest that the engine has; -1 before the first
         self._changed = asyncio.Condition()
         self._stopping = asyncio.Event()
@@ -84,7 +87,7 @@ class RolloutWorker:
             tokenizer = await asyncio.to_thread(load_tokenizer, self._model_path)
             if not await self._load_first(engine):
                 return
-            lanes = [self._connection.streams(EVAL), self._connection.streams()]
+            lanes = [self._connection.streams(lane) for lane in self._lanes]
             for lane in lanes:
                 resources.push_async_callback(lane.redis.aclose)
 

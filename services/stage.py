@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 Process: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 
-EVAL = "eval"  # the lane of evaluation prompts
+TRAIN, EVAL = "", "eval"  # the lanes of training and of evaluation prompts
 QUIET_S = 60.0  # a worker that has not reported for this long is taken for gone
 _BLOCK_MS = 1_000  # how long a read waits; also how soon a stop is noticed
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.2, 15.0
