@@ -4,7 +4,8 @@
                                ▲
     weight store ── long poll ─┘ load ─▶ check the probe
 
-The version of a group is that of the batch that sampled it, as the engine reports it.
+Versions are those that the engine reports: of the group its oldest, and of every token where the
+weights changed on the way.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from rollout.config import RolloutConfig
 from rollout.engine import Completion, Engine, build_engine
 from services.models import load_tokenizer
-from services.stage import EVAL, TRAIN, Connection, Stage, Unavailable
+from services.stage import EVAL, TRAIN, Connection, Stage, Unavailable, new_consumer
 from services.trajectory import Prompt, RolloutGroup, Trajectory, decode, encode
 from services.weights import WeightFeed
 
@@ -97,7 +97,7 @@ class RolloutWorker:
             stage = Stage(
                 name="rollout",
                 # Never the name of a worker before: what that one held must go stale, not be ours.
-                consumer=f"{self._name}-{uuid.uuid4().hex[:8]}",
+                consumer=new_consumer(self._name),
                 lanes=lanes,
                 source="prompts",
                 target="rollouts",
@@ -181,7 +181,9 @@ class RolloutWorker:
 def _trajectory(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Trajectory:
     text = tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
     assert isinstance(text, str)  # a list only for a list of sequences
-    return Trajectory(completion.token_ids, completion.logprobs, completion.finish, text)
+    return Trajectory(
+        completion.token_ids, completion.logprobs, completion.finish, text, completion.version_runs
+    )
 
 
 async def _both(work: Coroutine[Any, Any, None], background: Coroutine[Any, Any, None]) -> None:
