@@ -46,7 +46,7 @@ from services.redis_server import EmbeddedRedis, resolve_url
 from services.stage import EVAL, TRAIN, Connection, consumers_of
 from services.streams import Ledger, Streams
 from services.weight_store import StoreFeed, start_store
-from teacher.serve import deploy_teacher
+from teacher.serve import deploy_teacher, remove_teacher
 from teacher.worker import TeacherWorker
 from trainer.checkpoint import latest
 from trainer.loop import LoopConfig, checkpoints_of, trainer
@@ -95,7 +95,7 @@ class Run:
             )
             store = start_store(f"{self.config.name}-weights")
             learner = await self._start_learner(connection, store)
-            teacher_url, key = await self._start_teacher()
+            teacher_url, key = await self._start_teacher(stack)
             crew = Crew(self.config.name, self.console.say)
             stack.push_async_callback(crew.stop)
             self._start_workers(crew, connection, store, teacher_url, key)
@@ -198,12 +198,15 @@ class Run:
         await evaluation.create()
         await evaluation.redis.aclose()
 
-    async def _start_teacher(self) -> tuple[str, str]:
+    async def _start_teacher(self, stack: AsyncExitStack) -> tuple[str, str]:
         self.console.say(f"teacher: loading {self.config.teacher.model}")
         keys = [k for k in os.environ.get("SCOPE_TEACHER_KEYS", "").split(",") if k]
         keys = keys or [secrets.token_urlsafe(24)]
+        name = f"{self.config.name}-teacher"
+        if self.config.ray.address is not None:  # a private Ray ends with the run, Serve too
+            stack.callback(remove_teacher, name)
         url = await asyncio.to_thread(
-            deploy_teacher, self.config.teacher, keys, name=f"{self.config.name}-teacher"
+            deploy_teacher, self.config.teacher, keys, name=name, route_prefix=f"/{name}"
         )
         self.console.say(f"teacher: serving at {url}")
         return url, keys[0]
@@ -243,6 +246,7 @@ class Run:
                 total_groups=self.preflight.total_groups,
                 run_dir=self.directory.resolve(),
                 weight_store=store,
+                weight_transfer=self.config.rollout.engine.weight_transfer,
                 seed=self.config.seed,
             )
         )
@@ -328,8 +332,8 @@ class Run:
         for entry, fields in entries:
             record = json.loads(fields[b"record"])
             recorder.write(record)
-            self.telemetry.step(record)
             recorder.show(json.loads(fields[b"samples"]))
+            self.telemetry.step(record)
             self.console.step(record)
             await streams.redis.xdel(key, entry)
 

@@ -17,6 +17,7 @@ import httpx
 import ray.util
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import ActorAlreadyExistsError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
@@ -119,6 +120,11 @@ def deploy_teacher(
     return url
 
 
+def remove_teacher(name: str) -> None:
+    """Takes the application away. Serve outlives the driver on a cluster that is not its own."""
+    serve.delete(name, _blocking=False)
+
+
 def _start_http(config: TeacherConfig) -> str:
     """Starts Serve's HTTP proxy, once a cluster, and returns its address."""
     running = _get_global_client(raise_if_no_controller_running=False)
@@ -133,14 +139,17 @@ def _start_http(config: TeacherConfig) -> str:
             )
     else:
         host, port = config.host, config.port or _free_port(config.host)
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={
-                "host": host,
-                "port": port,
-                "request_timeout_s": config.request_timeout_s,
-            },
-        )
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={
+                    "host": host,
+                    "port": port,
+                    "request_timeout_s": config.request_timeout_s,
+                },
+            )
+        except ActorAlreadyExistsError:  # another run on this cluster was faster
+            return _start_http(config)
     return f"http://{_reachable(host)}:{port}"
 
 
