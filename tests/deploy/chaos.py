@@ -3,6 +3,7 @@
     python -m tests.deploy.chaos --kills 100 --seed 0 --json report.json      (make chaos)
 
 A kill waits until the run makes progress, so that each one is recovered from before the next.
+After that, whole nodes die under two more runs that share a Ray cluster and a Redis.
 At the end every prompt must have been trained exactly once in the surviving history: the last
 checkpoint's own list of prompts and the metrics of its steps are the witnesses.
 """
@@ -24,8 +25,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
+from ray.cluster_utils import Cluster
 
 from services.metrics import read
+from services.redis_server import EmbeddedRedis
 
 ROOT = Path(__file__).parents[2]
 SCOPE = Path(sys.executable).parent / "scope"
@@ -80,16 +83,16 @@ class Report:
 class ChaosRun:
     """One run of the demo's topology with small steps, and the means to hurt it."""
 
-    def __init__(self, directory: Path, *, steps: int) -> None:
-        self.directory = directory / "demo"
+    def __init__(self, directory: Path, *overrides: str, steps: int, name: str = "demo") -> None:
+        self.directory = directory / name
         self.total = steps * GROUPS_PER_STEP
-        self._log = (directory / "output.log").open("w")
+        self._log = (directory / f"{name}.log").open("w")
         self._driver = self._start(
-            "run", ROOT / "deploy/runs/demo.yaml", f"runs_dir={directory}",
+            "run", ROOT / "deploy/runs/demo.yaml", f"runs_dir={directory}", f"name={name}",
             f"trainer.max_steps={steps}", f"trainer.groups_per_step={GROUPS_PER_STEP}",
             f"data.epochs={-(-self.total // 4096)}", "sampling.n=2", "evaluation=null",
             "trainer.checkpoint.every_steps=10", "ray.dashboard=false", "stage.lease_s=3",
-            "trainer.max_failures=1000", "stage.max_deliveries=1000",
+            "trainer.max_failures=1000", "stage.max_deliveries=1000", *overrides,
         )  # fmt: skip
 
     def _start(self, *arguments: object) -> subprocess.Popen[bytes]:
@@ -102,7 +105,7 @@ class ChaosRun:
         """Whether the run has ended; raises if it failed."""
         code = self._driver.poll()
         if code not in (None, 0):
-            raise AssertionError(f"the run failed: {(self.directory.parent / 'output.log')}")
+            raise AssertionError(f"the run failed:\n{Path(self._log.name).read_text()[-4000:]}")
         return code == 0
 
     @property
@@ -179,6 +182,60 @@ def chaos(directory: Path, roles: list[str], *, seed: int) -> Report:
     return report
 
 
+class SharedCluster:
+    """Two runs on one Ray cluster and one Redis. All that computes lives on one node beside the
+    head, which is killed whole; a new node takes its place, as an autoscaler would bring it."""
+
+    def __init__(self, directory: Path, *, steps: int) -> None:
+        self.redis = EmbeddedRedis(directory / "redis")
+        self.redis.start()
+        self._cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
+        self._node = self._cluster.add_node(num_cpus=8)
+        shared = [f"ray.address={self._cluster.address}", f"redis.url={self.redis.url}"]
+        self.runs = [
+            ChaosRun(directory, *shared, steps=steps, name=name) for name in ("one", "two")
+        ]
+
+    def kill_node(self) -> None:
+        """`kill -9` of the node's raylet, with which every process on it dies."""
+        self._cluster.remove_node(self._node, allow_graceful=False)
+        self._node = self._cluster.add_node(num_cpus=8)
+
+    def close(self) -> None:
+        for run in self.runs:
+            run.close()
+        self._cluster.shutdown()
+        self.redis.stop()
+
+
+def shared_chaos(directory: Path, kills: int) -> dict[str, Report]:
+    """Kills the node under two runs `kills` times, and lets them end: a report for each name."""
+    cluster = SharedCluster(directory, steps=STEPS_PER_KILL * (kills + 1))
+    reports = [Report(seed=0) for _ in cluster.runs]
+    both = list(zip(cluster.runs, reports, strict=True))
+    try:
+        for run in cluster.runs:
+            run.wait_for_progress(2)
+        for _ in range(kills):
+            started = time.monotonic()
+            cluster.kill_node()
+            for run, report in both:
+                run.wait_for_progress(2)
+                report.kills["ray node"] += 1
+                report.recovery_s["ray node"].append(time.monotonic() - started)
+                print(f"ray node: {report.recovery_s['ray node'][-1]:.1f} s", flush=True)
+        for run in cluster.runs:
+            while not run.finished:
+                run.wait_for_progress(1)
+    finally:
+        cluster.close()
+    for run, report in both:
+        _audit(run, report)
+    return {run.directory.name: report for run, report in both}
+
+
 def _audit(run: ChaosRun, report: Report) -> None:
     """Counts from what the run left behind, not from what it believed."""
     ledger = json.loads((run.directory / "ledger.json").read_text())
@@ -202,17 +259,22 @@ def _title(process: psutil.Process) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--nodes", type=int, default=5, help="kills of a whole node besides")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     dice = random.Random(options.seed)
     roles = [dice.choice(list(ROLES)) for _ in range(options.kills)]
     with tempfile.TemporaryDirectory() as directory:
-        report = chaos(Path(directory), roles, seed=options.seed)
-    print("\n".join(report.lines()))
+        reports = {"demo": chaos(Path(directory), roles, seed=options.seed)}
+    if options.nodes:
+        with tempfile.TemporaryDirectory() as directory:
+            reports |= shared_chaos(Path(directory), options.nodes)
+    for name, report in reports.items():
+        print(f"run {name!r}:", *report.lines(), sep="\n  ")
     if options.json:
-        options.json.write_text(json.dumps(asdict(report), indent=1))
-    sys.exit(bool(report.lost or report.duplicated))
+        options.json.write_text(json.dumps({n: asdict(r) for n, r in reports.items()}, indent=1))
+    sys.exit(any(report.lost or report.duplicated for report in reports.values()))
 
 
 if __name__ == "__main__":

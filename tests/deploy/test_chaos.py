@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.chaos import chaos
+from tests.deploy.chaos import chaos, shared_chaos
 
 
 @pytest.mark.slow
@@ -17,3 +17,12 @@ def test_every_prompt_is_trained_exactly_once_whatever_dies(tmp_path: Path) -> N
     assert dict(report.kills) == dict.fromkeys(roles, 1)
     assert (report.lost, report.duplicated, report.dead) == (0, 0, 0)
     assert report.fed == report.trained
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_whole_node_dies_under_two_runs_that_share_one_redis(tmp_path: Path) -> None:
+    for report in shared_chaos(tmp_path, kills=1).values():
+        assert report.kills["ray node"] == 1
+        assert (report.lost, report.duplicated, report.dead) == (0, 0, 0)
+        assert report.fed == report.trained
