@@ -5,8 +5,8 @@ Axes: `N` trajectories of the global batch, `C` completion tokens of a micro-bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -63,14 +63,17 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The global batch of one gradient step; every rank holds the same one."""
+    """The global batch of one gradient step. Its numbers are the same on every rank; the
+    sequences may be those alone that a rank works on (`part`)."""
 
-    groups: tuple[ScoredGroup, ...]
-    sequences: tuple[Sample, ...]  # N
+    groups: tuple[ScoredGroup, ...]  # none in a part
+    group_count: int
+    sequences: Mapping[int, Sample]  # by place in the batch
     group: Tensor  # [N] int64
     correct: Tensor  # [N] bool
     incorrect: Tensor  # [N] bool
     lengths: Tensor  # [N] int64, completion tokens
+    tokens: Tensor  # [N] int64, prompt and completion tokens
     teacher_nll: Tensor  # [N] float32, 0 where there is no score
 
     @staticmethod
@@ -91,11 +94,13 @@ class Batch:
         sizes = torch.tensor([len(g.rollout.trajectories) for g in ordered])
         return Batch(
             groups=ordered,
-            sequences=tuple(sequences),
+            group_count=len(ordered),
+            sequences=dict(enumerate(sequences)),
             group=torch.repeat_interleave(torch.arange(len(ordered)), sizes),
             correct=torch.tensor([o == "correct" for o in outcomes]),
             incorrect=torch.tensor([o == "incorrect" for o in outcomes]),
             lengths=torch.tensor([len(s.completion) for s in sequences]),
+            tokens=torch.tensor([len(s.prompt) + len(s.completion) for s in sequences]),
             teacher_nll=torch.tensor(
                 [
                     -float(s.teacher.mean()) if s.teacher is not None and len(s.teacher) else 0.0
@@ -104,25 +109,29 @@ class Batch:
             ),
         )
 
-    def tokens(self, index: int) -> int:
-        """Prompt and completion tokens of one sequence."""
-        sequence = self.sequences[index]
-        return len(sequence.prompt) + len(sequence.completion)
+    def part(self, mine: Iterable[int]) -> Batch:
+        """The same batch with the sequences at `mine` alone: what another rank is sent."""
+        return replace(self, groups=(), sequences={i: self.sequences[i] for i in mine})
 
 
-def share(batch: Batch, indices: Sequence[int], rank: int, ranks: int) -> list[int]:
-    """This rank's part of `indices`: longest first, each to the rank with the fewest tokens so
-    far. The same on every rank, so nothing needs to be communicated."""
-    if ranks == 1:
-        return list(indices)
-    load = [0] * ranks
-    mine: list[int] = []
-    for index in sorted(indices, key=lambda i: (-batch.tokens(i), i)):
-        lightest = load.index(min(load))
-        load[lightest] += batch.tokens(index)
-        if lightest == rank:
-            mine.append(index)
-    return mine
+def shares(batch: Batch, passes: Tensor, ranks: int, *, pair_cost: float) -> list[list[int]]:
+    """Which trajectories each rank works on: the dearest first, each to the rank with the least
+    work so far. The same on every rank, so nothing needs to be communicated.
+
+    Args:
+        passes: [N] how often a trajectory goes through the model; 0 for one that nobody needs.
+        pair_cost: what two tokens that see each other cost (attention), where one token by
+            itself (the linear layers) costs 1. A sequence costs its Σ length and Σ length².
+    """
+    work = (passes * batch.tokens * (1.0 + pair_cost * batch.tokens)).tolist()
+    load = [0.0] * ranks
+    made: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(work)), key=lambda i: (-work[i], i)):
+        if work[index]:
+            lightest = load.index(min(load))
+            load[lightest] += work[index]
+            made[lightest].append(index)
+    return [sorted(part) for part in made]
 
 
 def micro_batches(batch: Batch, indices: Sequence[int], budget: int) -> list[list[int]]:
@@ -130,8 +139,9 @@ def micro_batches(batch: Batch, indices: Sequence[int], budget: int) -> list[lis
     alone), of similar lengths each, which is what padded attention on CPU likes."""
     parts: list[list[int]] = []
     spent = budget
-    for index in sorted(indices, key=lambda i: (batch.tokens(i), i)):
-        cost = batch.tokens(index)
+    tokens = batch.tokens.tolist()
+    for index in sorted(indices, key=lambda i: (tokens[i], i)):
+        cost = tokens[index]
         if spent + cost > budget:
             parts.append([])
             spent = 0

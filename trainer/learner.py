@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from services.models import probe_tokens
 from services.packed import pack, token_logprobs
 from services.weights import Weights
-from trainer.batch import Batch, MicroBatch, micro_batches, share
+from trainer.batch import Batch, MicroBatch, micro_batches, shares
 from trainer.checkpoint import RANK_PREFIX, State
 from trainer.config import OptimizerConfig, TrainerConfig
 from trainer.objectives import Coefficients, SequenceStats, objective
@@ -58,6 +58,7 @@ class Learner:
         device: torch.device | None = None,
     ) -> None:
         self.model = model
+        self._pair_cost = _pair_cost(model)
         self.device = device or model.device
         self.student = Student(model, config, self.device)
         self.config = config
@@ -101,9 +102,9 @@ class Learner:
     def backward(self, batch: Batch, coefficients: Coefficients) -> Tensor:
         """Accumulates this rank's gradients of the loss; returns the sums for the metrics,
         reduced over ranks."""
-        trained = torch.nonzero(batch.correct | batch.incorrect).flatten().tolist()
+        trained = batch.correct | batch.incorrect
         denominator = (
-            len(batch.groups)
+            batch.group_count
             if self.config.objective.aggregation == "group"
             else max(1, int(batch.lengths[trained].sum()))
         )
@@ -169,25 +170,34 @@ class Learner:
         """[N] mean NLL at temperature 1 of the correct trajectories; 0 elsewhere.
 
         A forward of its own: the weights of a group must be known before the first backward,
-        and a group may be spread over micro-batches and ranks. A group with one correct
-        trajectory gives it weight 1 whatever its perplexity, and is left out.
+        and a group may be spread over micro-batches and ranks.
         """
-        nll = torch.zeros(len(batch.sequences), device=self.device)
+        nll = torch.zeros(len(batch.lengths), device=self.device)
         if not self.objective.student_perplexity:
             return nll
-        correct_in_group = torch.bincount(batch.group, batch.correct.double())[batch.group]
-        wanted = torch.nonzero(batch.correct & (correct_in_group > 1)).flatten().tolist()
-        for micro, _ in self._micro_batches(batch, wanted):
+        for micro, _ in self._micro_batches(batch, self._perplexity_wanted(batch)):
             logprobs = self.student.forward(token_logprobs, micro.pack, [1.0])[0]
             nll.index_add_(0, micro.sequence, -logprobs)
         return _all_reduce(nll) / batch.lengths.clamp_min(1).to(self.device)
 
-    def _micro_batches(
-        self, batch: Batch, indices: Sequence[int]
-    ) -> Iterator[tuple[MicroBatch, bool]]:
-        """This rank's micro-batches, and whether each is the last; filled up with idle ones when
-        the ranks have to go together and another has more."""
-        mine = share(batch, indices, self._rank, self.student.ranks)
+    def _perplexity_wanted(self, batch: Batch) -> Tensor:
+        """[N] A group with one correct trajectory gives it weight 1 whatever its perplexity, and
+        is left out."""
+        if not self.objective.student_perplexity:
+            return torch.zeros_like(batch.correct)
+        correct_in_group = torch.bincount(batch.group, batch.correct.double())[batch.group]
+        return batch.correct & (correct_in_group > 1)
+
+    def shares(self, batch: Batch) -> list[list[int]]:
+        """The trajectories that each rank works on; their sequences are all that it needs."""
+        trained = (batch.correct | batch.incorrect).double()  # backward costs twice the forward
+        passes = 3.0 * trained + self._perplexity_wanted(batch)
+        return shares(batch, passes, self.student.ranks, pair_cost=self._pair_cost)
+
+    def _micro_batches(self, batch: Batch, member: Tensor) -> Iterator[tuple[MicroBatch, bool]]:
+        """This rank's micro-batches of the members, and whether each is the last; filled up with
+        idle ones when the ranks have to go together and another has more."""
+        mine = [i for i in self.shares(batch)[self._rank] if member[i]]
         parts = micro_batches(batch, mine, self.config.micro_batch_tokens)
         rounds = self.student.rounds(len(parts))
         for number in range(rounds):
@@ -298,6 +308,15 @@ def _all_reduce(tensor: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def _pair_cost(model: PreTrainedModel) -> float:
+    """Work of attention for two tokens over that of the linear layers for one: with L layers of
+    width D and P parameters, a forward takes 2P operations a token and, causally, 2LD a pair."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return float(config.num_hidden_layers * width / model.num_parameters())
 
 
 def _idle(device: torch.device) -> MicroBatch:

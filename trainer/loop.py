@@ -1,6 +1,6 @@
 """The learner's life on Ray Train: every rank runs `train_loop`.
 
-┌─▶ wait        a step's groups from Redis (rank 0), broadcast to all ranks
+┌─▶ wait        a step's groups from Redis (rank 0); each rank is sent what it works on
 │   learn       perplexity, weights, gradients, AdamW          trainer.learner
 │   publish     new weights off the device; a thread hands them to the store, rollout picks them up
 │   record      metrics, and progress: the feeder admits more prompts
@@ -114,9 +114,8 @@ def _learner(config: LoopConfig, found: Checkpoint | None) -> Learner:
 def _follow(learner: Learner, saves: _Saves) -> None:
     """What the other ranks do: the leader's steps, without Redis and without the weight store."""
     learner.weights()
-    nothing: list[bytes] = []
-    while groups := _from_first(nothing):
-        learner.step(_batch(groups))
+    while (batch := _scattered(None)) is not None:
+        learner.step(batch)
         learner.weights()
         if saves.due:
             saves.take()
@@ -164,12 +163,13 @@ class _Leader:
         """One turn of the loop in the module's docstring; False when nothing is left."""
         taken = runner.run(self._reader.next_step(self._publisher.look_after_store))
         self._clock.lap("wait_groups")
-        groups = _from_first([item.payload for item in taken])
-        if not groups:
+        if not taken:
+            _scattered([None] * self._learner.student.ranks)
             return False
         version = self._learner.step_number
-        batch = _batch(groups)
-        self._clock.lap("unpack")
+        batch = Batch.of([decode(ScoredGroup, item.payload) for item in taken])
+        _scattered([batch.part(mine) for mine in self._learner.shares(batch)])
+        self._clock.lap("scatter")
         metrics = self._learner.step(batch, self._clock)
         self._publish()
         orders = [group.prompt.order for group in batch.groups]
@@ -360,8 +360,13 @@ def _from_first(value: T) -> T:
     return box[0]
 
 
-def _batch(payloads: Sequence[bytes]) -> Batch:
-    return Batch.of([decode(ScoredGroup, payload) for payload in payloads])
+def _scattered(parts: list[Batch | None] | None) -> Batch | None:
+    """This rank's of rank 0's `parts`; None ends the training."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return parts[0] if parts else None
+    box: list[Batch | None] = [None]
+    dist.scatter_object_list(box, parts, src=0)
+    return box[0]
 
 
 def _group_metrics(groups: Sequence[ScoredGroup], version: int) -> Metrics:

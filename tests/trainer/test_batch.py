@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.trajectory import ScoredGroup
 from tests.builders import scored_group
-from trainer.batch import BadGroup, Batch, MicroBatch, check, micro_batches, share
+from trainer.batch import BadGroup, Batch, MicroBatch, check, micro_batches, shares
 
 lengths = st.lists(st.integers(0, 50), min_size=1, max_size=12)
 
@@ -27,16 +27,41 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget(
     parts = micro_batches(batch, range(len(sizes)), budget)
     assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
     for part in parts:
-        assert len(part) == 1 or sum(batch.tokens(i) for i in part) <= budget
+        assert len(part) == 1 or sum(int(batch.tokens[i]) for i in part) <= budget
 
 
-@given(lengths, st.integers(1, 5))
-def test_ranks_share_everything_once_and_fairly(sizes: list[int], ranks: int) -> None:
+@given(lengths, st.integers(1, 5), st.floats(0, 0.5), st.data())
+def test_ranks_share_everything_once_and_fairly(
+    sizes: list[int], ranks: int, pair_cost: float, data: st.DataObject
+) -> None:
     batch = batch_of(sizes)
-    shares = [share(batch, range(len(sizes)), rank, ranks) for rank in range(ranks)]
-    assert sorted(i for part in shares for i in part) == list(range(len(sizes)))
-    loads = [sum(batch.tokens(i) for i in part) for part in shares]
-    assert max(loads) - min(loads) <= max(batch.tokens(i) for i in range(len(sizes)))
+    passes = torch.tensor(
+        data.draw(st.lists(st.integers(0, 4), min_size=len(sizes), max_size=len(sizes)))
+    )
+    made = shares(batch, passes, ranks, pair_cost=pair_cost)
+    assert sorted(i for part in made for i in part) == passes.nonzero().flatten().tolist()
+    work = [
+        int(p) * int(t) * (1 + pair_cost * int(t))
+        for p, t in zip(passes, batch.tokens, strict=True)
+    ]
+    loads = [sum(work[i] for i in part) for part in made]
+    assert max(loads) - min(loads) <= max(work) * (1 + 1e-4)
+
+
+def test_a_long_sequence_weighs_by_its_square_where_attention_counts() -> None:
+    batch = batch_of([97, 47, 47])  # 100, 50 and 50 tokens with their prompts
+    once = torch.ones(3)
+    assert shares(batch, once, 2, pair_cost=0.0) == [[0], [1, 2]]
+    assert shares(batch_of([97, 47, 47, 27]), torch.ones(4), 2, pair_cost=1.0) == [[0], [1, 2, 3]]
+
+
+def test_a_part_holds_its_own_sequences_and_all_numbers() -> None:
+    batch = batch_of([3, 4, 5])
+    part = batch.part([2])
+    assert list(part.sequences) == [2]
+    assert part.sequences[2] is batch.sequences[2]
+    assert (part.groups, part.group_count) == ((), 1)
+    assert part.tokens.tolist() == [6, 7, 8]
 
 
 @settings(deadline=None)

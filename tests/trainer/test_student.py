@@ -87,15 +87,21 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(learner: Learner, groups: list[ScoredGroup]) -> Batch:
+    batch = Batch.of(groups)
+    return batch.part(learner.shares(batch)[learner._rank])
+
+
 def outcome(learner: Learner) -> dict[str, Any]:
-    """Gradients of one backward, then what two steps lead to."""
-    batch = Batch.of(groups())
+    """Gradients of one backward, then what two steps lead to. A rank holds no sequences but
+    those that it works on."""
+    batch = own_part(learner, groups())
     stats = learner._stats(batch)
     learner.backward(batch, learner.objective.coefficients(stats, learner.config.objective))
     learner.student.sum_gradients()
     gradients = {n: whole(p.grad).clone() for n, p in learner.student.trained.items()}
     learner._optimizer.zero_grad()
-    metrics = [learner.step(batch), learner.step(Batch.of(groups()[2:]))]  # a rank without work
+    metrics = [learner.step(batch), learner.step(own_part(learner, groups()[2:]))]  # idle
     weights = learner.weights()
     return {
         "gradients": gradients,
