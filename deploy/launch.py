@@ -232,6 +232,7 @@ class Run:
         crew.staff(
             "teacher", config.teacher.workers, TeacherWorker, Resources(cpus=0.0),
             connection, config.teacher, url, key, chosen.teacher, self.preflight.teacher.model,
+            config.trainer.objective.teacher_top,
         )  # fmt: skip
 
     async def _start_learner(self, connection: Connection, store: Any) -> asyncio.Future[None]:

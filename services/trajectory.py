@@ -17,7 +17,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -118,6 +118,14 @@ class VerifiedGroup:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class TopTokens:
+    """The teacher's `k` most likely tokens in the place of each of a trajectory's."""
+
+    ids: TokenIds  # [T, k]
+    logprobs: LogProbs  # [T, k]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ScoredGroup:
     """A verified group with the teacher's log-probs (temperature 1) of the trajectories that
     the objective asked for, keyed by their place in the group."""
@@ -125,6 +133,8 @@ class ScoredGroup:
     verified: VerifiedGroup
     teacher_logprobs: Mapping[int, LogProbs]  # place -> [T]
     teacher: str  # fingerprint of the model that scored; empty when nothing was to be scored
+    teacher_top: Mapping[int, TopTokens] = field(default_factory=dict)
+    """Of the same places, or of none when the objective looks at sampled tokens only."""
 
     @property
     def rollout(self) -> RolloutGroup:
@@ -165,6 +175,12 @@ def encode(item: Item) -> bytes:
         arrays["teacher_logprobs"] = _concat(
             [item.teacher_logprobs[i] for i in places], np.dtype(np.float32)
         )
+        if item.teacher_top:
+            top = [item.teacher_top[i] for i in places]
+            arrays["teacher_top_ids"] = np.concatenate([t.ids for t in top]).astype(np.int32)
+            arrays["teacher_top_logprobs"] = np.concatenate([t.logprobs for t in top]).astype(
+                np.float32
+            )
     if isinstance(item, VerifiedGroup | ScoredGroup):
         verified = item.verified if isinstance(item, ScoredGroup) else item
         header["verdicts"] = [[v.outcome, v.reason] for v in verified.verdicts]
@@ -285,7 +301,21 @@ def _build(kind: type[Item], header: dict[str, Any], arrays: dict[str, npt.NDArr
         verified=verified,
         teacher_logprobs=dict(zip(places, scores, strict=True)),
         teacher=header["scored"]["teacher"],
+        teacher_top=_top_tokens(arrays, places, lengths),
     )
+
+
+def _top_tokens(
+    arrays: Mapping[str, npt.NDArray[Any]], places: Sequence[int], lengths: Sequence[int]
+) -> dict[int, TopTokens]:
+    if "teacher_top_ids" not in arrays:
+        return {}
+    ids, logprobs = arrays["teacher_top_ids"], arrays["teacher_top_logprobs"]
+    if ids.ndim != 2 or ids.shape != logprobs.shape:
+        raise ValueError(f"top tokens of shape {ids.shape}, log-probs of {logprobs.shape}")
+    scored = [lengths[i] for i in places]
+    parts = zip(_split(ids, scored), _split(logprobs, scored), strict=True)
+    return {place: TopTokens(*part) for place, part in zip(places, parts, strict=True)}
 
 
 def _split(flat: npt.NDArray[Any], lengths: Sequence[int]) -> list[npt.NDArray[Any]]:

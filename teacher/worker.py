@@ -14,9 +14,17 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from services.stage import Connection, Stage, new_consumer
-from services.trajectory import Outcome, ScoredGroup, VerifiedGroup, decode, encode
+from services.trajectory import (
+    Outcome,
+    ScoredGroup,
+    TopTokens,
+    VerifiedGroup,
+    decode,
+    encode,
+)
 from teacher.client import Target, TeacherClient
 from teacher.config import TeacherConfig
+from teacher.scores import TokenScores
 
 Need: TypeAlias = Literal["incorrect", "all", "none"]
 
@@ -36,6 +44,7 @@ class TeacherWorker:
         config: capacity and time-outs.
         url, key: where the teacher is, and what it asks for.
         need: which trajectories the objective wants scored.
+        top: how many of the most likely tokens it wants with each.
         expected_fingerprint: the only model whose scores are taken; None pins the first seen.
         name: of this worker. Each incarnation adds a suffix, because a restarted worker must
             not share a consumer in Redis with the one that it replaces.
@@ -49,8 +58,10 @@ class TeacherWorker:
         key: str | None,
         need: Need,
         expected_fingerprint: str | None,
+        top: int,
         name: str,
     ) -> None:
+        self._top = top
         self.consumer = new_consumer(name)
         self._connection = connection
         self._config = config
@@ -97,16 +108,23 @@ class TeacherWorker:
         trajectories = group.rollout.trajectories
         places = group.indices(*self._outcomes)
         logprobs = {place: np.empty(0, np.float32) for place in places}
+        top: dict[int, TopTokens] = {}
+        if self._top:
+            none = TokenScores.empty(self._top)
+            top = {place: TopTokens(none.top_ids, none.top_logprobs) for place in places}
         asked = [place for place in places if len(trajectories[place].token_ids)]
         if asked:
             prompt = group.rollout.prompt.token_ids
             scores = await self._client.score(
-                [(prompt, trajectories[place].token_ids) for place in asked]
+                [(prompt, trajectories[place].token_ids) for place in asked], self._top
             )
             logprobs.update(zip(asked, (score.logprobs for score in scores), strict=True))
+            if self._top:
+                found = (TopTokens(score.top_ids, score.top_logprobs) for score in scores)
+                top.update(zip(asked, found, strict=True))
             completions = sum(len(trajectories[place].token_ids) for place in asked)
             self._asked.update(
                 requests=1, sequences=len(asked), tokens=len(prompt) * len(asked) + completions
             )
         teacher = self._client.fingerprint if asked else ""
-        return encode(ScoredGroup(group, logprobs, teacher))
+        return encode(ScoredGroup(group, logprobs, teacher, top))

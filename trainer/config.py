@@ -36,10 +36,20 @@ class ObjectiveConfig(Config):
     """Of kdrl: the weight of the reverse KL beside the group-normalised reward."""
     log_ratio_bound: float | None = Field(default=None, gt=0)
     """Bound in nats on |log π_T − log π_S| of one token; None follows the paper."""
+    divergence: Literal["sampled", "forward_kl", "reverse_kl", "jsd"] = "sampled"
+    """What pulls a trajectory towards the teacher: the sampled tokens' log-ratio (paper), or a
+    divergence over the teacher's `top_k` most likely tokens and all others together, which has
+    less noise and asks more of the teacher. `log_ratio_bound` is of the sampled one only."""
+    top_k: int = Field(default=32, ge=1)
     is_ratio_cap: float = Field(default=2.0, gt=0)
     """Truncation of the importance ratio ρ to the policy that sampled."""
     aggregation: Literal["group", "token"] = "group"
     """The loss is a mean over prompts (paper) or over the tokens that are trained."""
+
+    @property
+    def teacher_top(self) -> int:
+        """How many of the teacher's most likely tokens are needed at each place."""
+        return 0 if self.divergence == "sampled" else self.top_k
 
     @field_validator("kind")
     @classmethod

@@ -18,6 +18,7 @@ from services.trajectory import (
     RolloutGroup,
     Sampling,
     ScoredGroup,
+    TopTokens,
     Trajectory,
     Verdict,
     VerifiedGroup,
@@ -86,7 +87,13 @@ def scored_groups(draw: st.DrawFn) -> ScoredGroup:
     lengths = [len(t.token_ids) for t in verified.rollout.trajectories]
     places = draw(st.lists(st.sampled_from(range(len(lengths))), unique=True)) if lengths else []
     scores = {i: draw(logprobs(lengths[i])) for i in places}
-    return ScoredGroup(verified, scores, draw(st.text()))
+    top = {}
+    if places and draw(st.booleans()):
+        k = draw(st.integers(1, 4))
+        for i in places:
+            ids = draw(arrays(np.int32, (lengths[i], k)))
+            top[i] = TopTokens(ids, draw(arrays(np.float32, (lengths[i], k))))
+    return ScoredGroup(verified, scores, draw(st.text()), top)
 
 
 items: st.SearchStrategy[Item] = st.one_of(prompts, rollouts, verified_groups(), scored_groups())

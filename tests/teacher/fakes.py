@@ -138,8 +138,9 @@ class FaultyTeacher:
             return json.dumps({"error": message}).encode()
         honest: dict[str, Any] = {"object": "list", "data": [FAKE_CARD.model_dump()]}
         if asked:
+            top = self.requests[-1].get("top_logprobs", 0)
             scores = [
-                SequenceScore.of(fake_scores(sequence["completion"]), 0).model_dump()
+                SequenceScore.of(fake_scores(sequence["completion"], top), top).model_dump()
                 for sequence in self.requests[-1]["sequences"]
             ]
             honest = {"model": FAKE_CARD.id, "fingerprint": "f00d", "scores": scores}
@@ -154,7 +155,8 @@ def _request(body: bytes, headers: dict[bytes, bytes]) -> dict[str, Any]:
         return asked
     query = wire.decode_request(body)
     pairs = zip(query.sequences, query.starts, strict=True)
-    return {"sequences": [{"prompt": ids[:i], "completion": ids[i:]} for ids, i in pairs]}
+    sequences = [{"prompt": ids[:i], "completion": ids[i:]} for ids, i in pairs]
+    return {"sequences": sequences, "top_logprobs": query.top}
 
 
 async def until(condition: Callable[[], bool]) -> None:

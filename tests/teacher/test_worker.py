@@ -81,10 +81,11 @@ async def working(
     *,
     fingerprint: str | None = None,
     timeout_s: float = 5.0,
+    top: int = 0,
 ) -> AsyncIterator[TeacherWorker]:
     """A worker that runs inside of the block and is cut off after it, as a kill would."""
     config = TeacherConfig(model="fake", request_timeout_s=timeout_s)
-    worker = TeacherWorker(connection, config, url, "key", need, fingerprint, "teacher-0")
+    worker = TeacherWorker(connection, config, url, "key", need, fingerprint, top, "teacher-0")
     running = asyncio.create_task(worker.run())
     yield worker
     running.cancel()
@@ -118,6 +119,19 @@ async def test_only_what_the_objective_needs_is_scored(
     assert sent == ([wanted] if asked else [])
     assert encode(result.verified) == encode(original)
     assert (await streams.ledger()).exact
+
+
+async def test_the_most_likely_tokens_come_along_where_the_objective_wants_them(
+    connection: Connection, streams: Streams, faulty_url: str
+) -> None:
+    await put(streams, encode(group()))
+    async with working(connection, faulty_url, "incorrect", top=2):
+        (result,) = await until(lambda: scored(streams))
+    assert sorted(result.teacher_top) == sorted(result.teacher_logprobs)
+    for place, top in result.teacher_top.items():
+        length = len(COMPLETIONS[place])
+        assert top.ids.tolist() == [[0, 1]] * length  # the fake's most likely ones
+        np.testing.assert_allclose(top.logprobs, np.tile([0.0, -0.01], (length, 1)))
 
 
 DOWN: dict[str, tuple[int | str, str]] = {
@@ -249,7 +263,7 @@ async def test_past_the_patience_the_worker_stops_and_the_item_stays(
     hasty = replace(connection, config=StageConfig(lease_s=0.4, patience_s=0.1))
     await put(streams, encode(group()))
     config = TeacherConfig(model="fake")
-    worker = TeacherWorker(hasty, config, faulty_url, None, "all", None, "teacher-0")
+    worker = TeacherWorker(hasty, config, faulty_url, None, "all", None, 0, "teacher-0")
     with pytest.raises(PatienceExceeded, match="this is fault 503"):
         await asyncio.wait_for(worker.run(), DEADLINE_S)
     ledger = await streams.ledger()
@@ -263,7 +277,7 @@ async def test_a_stopped_worker_finishes_what_it_holds(
     patient = replace(connection, config=StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
     await put(streams, encode(group()))
     config = TeacherConfig(model="fake")
-    worker = TeacherWorker(patient, config, faulty_url, None, "all", None, "teacher-0")
+    worker = TeacherWorker(patient, config, faulty_url, None, "all", None, 0, "teacher-0")
     running = asyncio.create_task(worker.run())
 
     async def asked() -> bool:
