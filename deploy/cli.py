@@ -66,6 +66,40 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     )
 
 
+@app.command(name="eval")
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    model: Annotated[str, typer.Option(help="A model directory; the config's student.")] = "",
+    k: Annotated[int, typer.Option(help="Samples of each prompt.")] = 32,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE, such as aime24=aime24.parquet; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Its folder; goes on where it stopped.")] = None,
+) -> None:
+    """Avg@k and Pass@k of a model on held-out prompts or benchmarks; trains nothing."""
+    settings = load(config, overrides or ())
+    model = model or settings.student
+    files = dict(_name_and_file(b) for b in benchmark or ())
+    from rich.console import Console
+
+    from deploy import examine
+
+    folder = out or settings.runs_dir / f"eval-{Path(model).resolve().name}"
+    console = Console()
+    made = examine.prepare(settings, model, k=k, benchmarks=files, out=folder)
+    result = asyncio.run(made.run(console))
+    console.print(examine.table(result))
+    console.print(f"{folder / 'evaluation-result.json'}", soft_wrap=True)
+
+
+def _name_and_file(benchmark: str) -> tuple[str, Path]:
+    name, equals, file = benchmark.partition("=")
+    if not equals:
+        raise ConfigError(f"a benchmark is NAME=FILE, not {benchmark!r}")
+    return name, Path(file)
+
+
 @app.command()
 def teacher(config: ConfigPath, overrides: Overrides = None) -> None:
     """Serve the teacher alone, over REST; keys from SCOPE_TEACHER_KEYS (comma-separated)."""
