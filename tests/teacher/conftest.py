@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from services.models import load_model
+from tests.builders import save_tiny
 from tests.teacher.fakes import FakeScorer, FaultyTeacher, listening
 
 VOCABULARY = 97
@@ -23,26 +21,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3 of two layers with random weights, and a tokenizer of as many words as it has ids."""
+    """Far from uniform, or every mistake would score alike; its output matrix is its own."""
     directory = tmp_path_factory.mktemp("models") / "teacher"
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=CONTEXT,
-        eos_token_id=1,
-        initializer_range=0.5,  # far from uniform, or every mistake would score alike
-    )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-    words = {f"word{id_}": id_ for id_ in range(VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="word0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
-    return directory
+    return save_tiny(directory, vocab=VOCABULARY, context=CONTEXT, tied=False, spread=0.5)
 
 
 class Reference:

@@ -13,10 +13,14 @@ import pytest_asyncio
 from services.engines import EngineError
 from teacher.config import TeacherConfig
 from teacher.scorer import Scorer, ScoringError, build_scorer
+from tests.builders import CONTEXT, VLLM_HEAD, save_tiny, tiny_model
 from tests.teacher.conftest import Reference
-from tests.vllm_models import CONTEXT, save_vllm_model, vllm_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.usefixtures("vllm"),
+]
 
 CHUNK = 48  # tokens of one forward: most sequences are prefilled in several
 BROKEN_TOKEN = 23
@@ -41,8 +45,8 @@ def config(directory: Path, **engine: object) -> TeacherConfig:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher with a separate output matrix, and one token that it knows no embedding of."""
-    path = save_vllm_model(tmp_path_factory.mktemp("vllm"), tied=False)
-    model = vllm_model(tied=False)
+    path = save_tiny(tmp_path_factory.mktemp("vllm"), head=VLLM_HEAD, tied=False)
+    model = tiny_model(head=VLLM_HEAD, tied=False)
     model.get_input_embeddings().weight.data[BROKEN_TOKEN] = float("nan")
     model.save_pretrained(path)
     return path
