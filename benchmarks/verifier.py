@@ -4,8 +4,8 @@
 
 Math: the same rows three times, by math-verify in this process, by math-verify in a process pool,
 and by the verifier's judges. Every other row answers with the next row's reference. Nothing is
-cached. Programs: one line of Python with one case, bare and in a sandbox, one after another, and
-then in as many sandboxes as there are cores.
+cached. Programs: one line of Python with one case, bare and in a sandbox of each level, one
+after another, and then in as many sandboxes as there are cores.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from math_verify import parse, verify
 from verifier.bubblewrap import Bubblewrap
 from verifier.code_tests import CodeJudge
 from verifier.config import CodeConfig
+from verifier.confined import Interpreter
+from verifier.landlock import Landlock
 from verifier.sandbox import JudgePool
 
 Row = tuple[str, str]  # completion, reference
@@ -103,22 +105,32 @@ def _rate(total_s: float, seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
-async def program_figures(cores: int) -> dict[str, float]:
-    python = (await Bubblewrap.prepare()).python
+async def program_figures(cores: int) -> dict[str, dict[str, float]]:
+    """For each level of confinement."""
+    return {
+        "bubblewrap": await _programs(cores, "bubblewrap", (await Bubblewrap.prepare()).python),
+        "landlock": await _programs(cores, "landlock", (await Landlock.prepare()).python),
+    }
+
+
+async def _programs(cores: int, level: str, python: Interpreter) -> dict[str, float]:
+    config = CodeConfig.model_validate({"sandbox": level})
     bare: list[float] = []
     sandboxed: list[float] = []
-    one = await CodeJudge.start(CodeConfig())
+    one = await CodeJudge.start(config)
     for _ in range(_PROGRAMS):  # in turn, so that both see the same machine
         started = time.perf_counter()
         process = await asyncio.create_subprocess_exec(
-            *(*python, "-c", _SOURCE), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            *(python.path, *python.flags, "-c", _SOURCE),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         await process.communicate(b"1 2 3")
         bare.append(time.perf_counter() - started)
         started = time.perf_counter()
         assert (await one.judge(_SOURCE, _REFERENCE)).outcome == "correct"
         sandboxed.append(time.perf_counter() - started)
-    many = await CodeJudge.start(CodeConfig(programs=cores))
+    many = await CodeJudge.start(config.model_copy(update={"programs": cores}))
     started = time.perf_counter()
     await asyncio.gather(*(many.judge(_SOURCE, _REFERENCE) for _ in range(_PROGRAMS)))
     return {

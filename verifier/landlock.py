@@ -111,12 +111,15 @@ class Landlock:
 def _scratch() -> Iterator[tuple[str, int]]:
     """A directory for one program's files, and the user that owns it: one of its own if this
     process is root's (so that the kernel counts its threads apart), or else this process's."""
-    with tempfile.TemporaryDirectory(prefix="scope-program-") as directory:
+    with tempfile.TemporaryDirectory(
+        prefix="scope-program-", ignore_cleanup_errors=True
+    ) as directory:
         user = os.geteuid()
         if user == 0:
             user = secrets.choice(_USERS)
             try:
                 os.chown(directory, user, user)
+                os.scandir(directory).close()
             except PermissionError:
                 raise SandboxRefused(f"verifier.code.sandbox `landlock`: {NO_CAPABILITY}") from None
         yield directory, user

@@ -16,8 +16,8 @@ import signal
 import sys
 
 NO_CAPABILITY = (
-    "root here lacks a capability; add CAP_CHOWN, CAP_SETUID and CAP_SETGID, or run the verifier "
-    "as another user"
+    "root here lacks a capability; add CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_SETUID and CAP_SETGID, "
+    "or run the verifier as another user"
 )
 _INSIDE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "inside.py")
 _THREADS = 5  # the place of THREADS among the arguments of inside.py

@@ -241,9 +241,9 @@ def _same_formula(answer: str, gold: str) -> bool:
     parsed = _parse(gold)
     if not parsed:
         raise Undecided("the reference cannot be parsed")
-    predicted = _parse(answer)
+    predicted = () if math_text.word(answer) in ("yes", "no") else _parse(answer)
     if not predicted:
-        return False
+        return False  # it cannot be read, or answers another question
     if _differ(parsed[0], predicted[0]):
         return False
     try:

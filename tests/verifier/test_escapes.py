@@ -86,7 +86,7 @@ REFUSED = {
     "reading the password file": "open('/etc/passwd').read()",
     "reading the shadow file": "open('/etc/shadow').read()",
     "reading root's home": "os.listdir('/root')",
-    "reading other runs' files": "os.listdir('/var')",
+    "reading other runs' files": "os.listdir(os.path.dirname(SECRET))",
     "reading the tests": f"open({__file__!r}).read()",
     "the parent's environment": "open(f'/proc/{HOST_PID}/environ').read()",
     "its own environment": "open('/proc/self/environ').read()",
@@ -110,6 +110,7 @@ REFUSED = {
     "the length of the host's file": "os.truncate(SECRET, 0)",
     "replacing the host's file": "open('d', 'w').close(); os.replace('d', SECRET)",
     "fork": "os.fork()",
+    "a daemon that keeps the pipes open": "os.fork() or os.setsid() and os.fork()",
     "fork by its number": "syscall(57)",
     "vfork": "syscall(58)",
     "clone": "syscall(56, 17, 0, 0, 0, 0)",
@@ -154,6 +155,7 @@ CONTAINED = {
     "one big allocation": ("bytearray(1 << 40)", "MemoryError"),
     "disk": ("for i in range(99): open(f'{i}', 'wb').write(b'x' * 100000)", "No space left"),
     "one big file": ("f = open('f', 'wb')\nwhile True: f.write(b'x' * 9999)", "File too large"),
+    "fork bomb": ("import os\nwhile True: os.fork()", "Operation not permitted"),
     "open files": ("x = [open('/dev/null') for _ in range(9999)]", "Too many open files"),
     "threads": (
         "import threading, time\n"

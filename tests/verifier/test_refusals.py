@@ -25,6 +25,7 @@ from verifier.code_tests import CodeJudge
 from verifier.config import CodeConfig
 from verifier.confined import SandboxRefused
 from verifier.landlock import Landlock
+from verifier.landlocked import NO_CAPABILITY
 
 # Takes something away from this process, then tries to start both levels.
 _START = """
@@ -102,12 +103,14 @@ def test_docker_s_default_profile_refuses_the_first_level_and_allows_the_second(
     assert landlock == "started"
 
 
+@pytest.mark.slow
 def test_where_the_number_of_namespaces_is_zero_its_setting_is_named() -> None:
     bubblewrap, landlock = start("no_namespaces()")
     assert "Missing here: sysctl user.max_user_namespaces=10000" in bubblewrap
     assert landlock == "started"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "missing"),
     [
@@ -123,6 +126,16 @@ def test_a_kernel_without_landlock_refuses_the_second_level(error: int, missing:
     bubblewrap, landlock = start(filtered({444: error}))
     assert bubblewrap == "started"
     assert missing in landlock
+
+
+@pytest.mark.slow
+def test_a_root_that_is_none_is_told_which_capabilities_it_lacks() -> None:
+    bubblewrap, landlock = start("libc.prctl(24, 7, 0, 0, 0)  # what it starts lacks CAP_SETUID")
+    if os.geteuid() == 0:
+        assert "setpriv: " in bubblewrap
+        assert NO_CAPABILITY in landlock
+    else:
+        assert landlock == "started"
 
 
 @pytest.mark.parametrize("level", [Bubblewrap, Landlock])
