@@ -174,7 +174,10 @@ class Run:
                 f"this Redis already holds a run named {self.config.name!r}: give the new one "
                 f"another name (name=…), or resume that one"
             )
-        found = latest(self._checkpoints)
+        try:
+            found = latest(self._checkpoints)
+        except OSError as error:
+            raise RunFailed(f"the storage of checkpoints cannot be read: {error}") from error
         if found is not None and not self.resumed:
             raise RunFailed(
                 f"{found} is of another run named {self.config.name!r}: give the new one another "

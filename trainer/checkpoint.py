@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -203,10 +204,9 @@ class Saver:
         except CheckpointException as error:
             if dist.is_initialized() and dist.get_rank() > 0:
                 raise CheckpointFailed(_cause(error)) from error
-            before = writer.abandon()
             raise CheckpointFailed(
                 f"checkpoint {self._storage.where}/{writer.name} could not be written: "
-                f"{_cause(error)}; the newest whole one is {before or 'none'}"
+                f"{_cause(error)}; the newest whole one is {writer.abandon()}"
             ) from error
 
     def _kept(self, steps: list[int]) -> set[int]:
@@ -260,13 +260,13 @@ class _Writer(FileSystemWriter):
         except OSError as error:
             log.warning("old checkpoints could not be taken away: %s", error)
 
-    def abandon(self) -> Checkpoint | None:
+    def abandon(self) -> str:
         """Makes room again after a failure, and says which checkpoint is the newest now."""
         try:
             self._storage.delete(self._temporary)
+            return str(latest(self._storage) or "none")
         except OSError as error:
-            log.warning("%s could not be taken away: %s", self._temporary, error)
-        return latest(self._storage)
+            return f"not to be found ({error})"
 
     def _prune(self) -> None:
         """Old ones, and what is newer than the one just written: the run went on from before it,
@@ -279,6 +279,9 @@ class _Writer(FileSystemWriter):
         ]
         for step in steps.keys() - self._keep(sorted(whole)):
             self._storage.delete(steps[step])
+        for name in self._storage.names():
+            if name.startswith(".step-"):  # of a process that was killed
+                self._storage.delete(name)
 
 
 def _group() -> dist.ProcessGroup | None:
@@ -290,7 +293,7 @@ def _group() -> dist.ProcessGroup | None:
 
 
 def _names(storage: Storage) -> list[str]:
-    return [name for name in storage.names() if name.startswith("step-")]
+    return [name for name in storage.names() if re.fullmatch(r"step-\d+", name)]
 
 
 def _step(name: str) -> int:

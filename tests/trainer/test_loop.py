@@ -1,0 +1,78 @@
+"""A rank of the loop, apart from learning: checkpoints that may fail, and time that adds up."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.builders import scored_group, tiny_model
+from trainer.batch import Batch
+from trainer.checkpoint import CheckpointFailed, Progress, latest
+from trainer.config import CheckpointConfig, TrainerConfig
+from trainer.learner import Clock, Learner
+from trainer.loop import _Saves, checkpoints_of
+from trainer.storage import Storage
+
+
+@pytest.fixture
+def learner() -> Learner:
+    made = Learner(tiny_model(), TrainerConfig(), temperature=1.0)
+    made.step(Batch.of([scored_group(["correct", "incorrect"])]))
+    return made
+
+
+def test_a_save_that_fails_does_not_end_the_training(
+    learner: Learner, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_the_way = tmp_path / "checkpoints"
+    in_the_way.write_text("a file where the directory should be")
+    saves = _Saves(learner, Storage(in_the_way), CheckpointConfig(every_steps=1))
+    progress = Progress(1, ["1-0"], [(0, 1)])
+    assert saves.due
+    saves.begin(progress)
+    assert saves.take() is None
+    assert saves.failures == 1
+    assert "step-000001 could not be written" in caplog.text
+    assert "the newest whole one is not to be found" in caplog.text
+    with pytest.raises(CheckpointFailed, match="could not be written"):
+        saves.last(progress)  # there is no later one that could make up for it
+    in_the_way.unlink()
+    assert saves.last(progress) == progress
+    assert saves.last(progress) is None  # it is durable already
+    saves.close()
+    assert latest(Storage(in_the_way)) is not None
+
+
+def test_a_failed_save_that_nobody_took_is_not_the_next_ones(
+    learner: Learner, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    saves = _Saves(learner, Storage(tmp_path), CheckpointConfig())
+    assert saves.take() is None
+    assert saves.idle
+    saves.begin()
+    assert saves.take() == Progress(1, [], [])
+    assert saves.take() is None
+    assert not caplog.records
+    saves.close()
+
+
+def test_a_run_has_a_directory_of_its_own_on_shared_storage(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "demo"
+    assert checkpoints_of(CheckpointConfig(), run).where == str(run / "checkpoints")
+    shared = CheckpointConfig(storage="memory://bucket/scope/")
+    assert checkpoints_of(shared, run).where == "memory://bucket/scope/demo"
+
+
+def test_every_instant_is_in_one_phase() -> None:
+    clock, started = Clock(), time.perf_counter()
+    for name in ("wait_groups", "publish", "wait_groups"):
+        time.sleep(0.01)
+        clock.lap(name)
+    laps, passed = clock.take(), time.perf_counter() - started
+    assert laps.keys() == {"timing_s/wait_groups", "timing_s/publish"}
+    assert sum(laps.values()) == pytest.approx(passed, abs=2e-3)
+    assert clock.take() == {}
