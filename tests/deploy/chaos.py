@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -183,10 +184,10 @@ def chaos(directory: Path, roles: list[str], *, seed: int) -> Report:
 
 
 class SharedCluster:
-    """Two runs on one Ray cluster and one Redis. All that computes lives on one node beside the
+    """Runs that share one Ray cluster and one Redis. All that computes lives on one node beside the
     head, which is killed whole; a new node takes its place, as an autoscaler would bring it."""
 
-    def __init__(self, directory: Path, *, steps: int) -> None:
+    def __init__(self, directory: Path, names: Sequence[str], *, steps: int) -> None:
         self.redis = EmbeddedRedis(directory / "redis")
         self.redis.start()
         self._cluster = Cluster(
@@ -194,9 +195,7 @@ class SharedCluster:
         )
         self._node = self._cluster.add_node(num_cpus=8)
         shared = [f"ray.address={self._cluster.address}", f"redis.url={self.redis.url}"]
-        self.runs = [
-            ChaosRun(directory, *shared, steps=steps, name=name) for name in ("one", "two")
-        ]
+        self.runs = [ChaosRun(directory, *shared, steps=steps, name=name) for name in names]
 
     def kill_node(self) -> None:
         """`kill -9` of the node's raylet, with which every process on it dies."""
@@ -210,9 +209,9 @@ class SharedCluster:
         self.redis.stop()
 
 
-def shared_chaos(directory: Path, kills: int) -> dict[str, Report]:
-    """Kills the node under two runs `kills` times, and lets them end: a report for each name."""
-    cluster = SharedCluster(directory, steps=STEPS_PER_KILL * (kills + 1))
+def shared_chaos(directory: Path, names: Sequence[str], kills: int) -> dict[str, Report]:
+    """Kills the node under the runs `kills` times, and lets them end: a report for each name."""
+    cluster = SharedCluster(directory, names, steps=STEPS_PER_KILL * (kills + 1))
     reports = [Report(seed=0) for _ in cluster.runs]
     both = list(zip(cluster.runs, reports, strict=True))
     try:
@@ -269,7 +268,7 @@ def main() -> None:
         reports = {"demo": chaos(Path(directory), roles, seed=options.seed)}
     if options.nodes:
         with tempfile.TemporaryDirectory() as directory:
-            reports |= shared_chaos(Path(directory), options.nodes)
+            reports |= shared_chaos(Path(directory), ["one", "two"], options.nodes)
     for name, report in reports.items():
         print(f"run {name!r}:", *report.lines(), sep="\n  ")
     if options.json:
