@@ -153,7 +153,8 @@ class Run:
         for name in ("ray.serve", "ray._private.authentication"):  # theirs is not our progress
             logging.getLogger(name).setLevel(logging.ERROR)
         context = ray.init(
-            address=settings.address,
+            # None would connect to whatever cluster this machine last saw.
+            address=settings.address or "local",
             num_cpus=settings.num_cpus if settings.address is None else None,
             include_dashboard=settings.dashboard if settings.address is None else None,
             namespace=f"scope-{self.config.name}",

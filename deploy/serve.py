@@ -22,7 +22,7 @@ def serve_teacher(config: TeacherConfig) -> None:
         fingerprint(config.model)  # a wrong path is said at once, not after Ray has started
     except ModelError as error:
         raise ConfigError(str(error)) from None
-    ray.init(namespace="scope-teacher", log_to_driver=False, logging_level=logging.WARNING)
+    ray.init("local", namespace="scope-teacher", log_to_driver=False, logging_level=logging.WARNING)
     try:
         url = deploy_teacher(config, keys, name="teacher")
         access = "with a bearer key" if keys else "without a key (SCOPE_TEACHER_KEYS is not set)"

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import httpx
 import ray.util
@@ -74,6 +76,21 @@ class TeacherReplica:
             await self._teacher.scorer.close()
 
 
+def application(settings: dict[str, Any]) -> serve.Application:
+    """The teacher for a Serve config file: `import_path: teacher.serve:application`, with the
+    settings of `TeacherConfig` as `args` and the API keys in SCOPE_TEACHER_KEYS, separated by
+    commas. The proxy's address is the file's `http_options`.
+
+    Raises:
+        pydantic.ValidationError: the settings are not a teacher's.
+        teacher.auth.InsecureAddress: it would listen to other machines without a key.
+    """
+    config = TeacherConfig.model_validate(settings)
+    ring = KeyRing(key for key in os.environ.get("SCOPE_TEACHER_KEYS", "").split(",") if key)
+    require_keys(config.host, ring)
+    return _bind(config, ring)
+
+
 def deploy_teacher(
     config: TeacherConfig, keys: Iterable[str], *, name: str, route_prefix: str = "/"
 ) -> str:
@@ -95,6 +112,19 @@ def deploy_teacher(
     ring = KeyRing(keys)
     require_keys(config.host, ring)
     url = _start_http(config) + route_prefix.rstrip("/")
+    # Not `serve.run`: its wait has no deadline.
+    target = serve.RunTarget(_bind(config, ring), name=name, route_prefix=route_prefix)
+    serve.run_many([target], wait_for_applications_running=False)
+    try:
+        _wait_until_healthy(name, url, config.start_timeout_s)
+    except TeacherFailed:
+        serve.delete(name, _blocking=False)  # or it would be started again and again
+        raise
+    log.info("the teacher %s is served at %s", config.model, url)
+    return url
+
+
+def _bind(config: TeacherConfig, ring: KeyRing) -> serve.Application:
     deployment = serve.deployment(
         serve.ingress()(TeacherReplica),
         name=DEPLOYMENT,
@@ -108,16 +138,8 @@ def deploy_teacher(
             "resources": config.resources.custom,
         },
     )
-    # Not `serve.run`: its wait has no deadline.
-    target = serve.RunTarget(deployment.bind(config, ring), name=name, route_prefix=route_prefix)
-    serve.run_many([target], wait_for_applications_running=False)
-    try:
-        _wait_until_healthy(name, url, config.start_timeout_s)
-    except TeacherFailed:
-        serve.delete(name, _blocking=False)  # or it would be started again and again
-        raise
-    log.info("the teacher %s is served at %s", config.model, url)
-    return url
+    bound: serve.Application = deployment.bind(config, ring)
+    return bound
 
 
 def remove_teacher(name: str) -> None:

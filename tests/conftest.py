@@ -65,7 +65,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
     from ray import serve
 
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init("local", num_cpus=2, include_dashboard=False)
     yield
     serve.shutdown()
     ray.shutdown()
