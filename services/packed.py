@@ -11,7 +11,7 @@ Axes: `T` tokens of the pack, `S` sequences, `H` hidden, `V` vocabulary, `C` sco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 ATTENTION = "scope_packed"
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of float32 logits that exist at once
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of float32 logits that exist at once
 BUCKET_RATIO = 1.5  # longest to shortest of the sequences whose attention is computed in one batch
 
 
@@ -209,8 +209,9 @@ def linear_logprobs(
 ) -> LogProbs:
     """Log-probs of `targets` under `softmax((hidden @ weight.T + bias) / temperature)`.
 
-    The logits exist for a chunk of `CHUNK_BYTES` at a time, in the forward and again in the
-    backward, which writes the gradient of the weight into one buffer. With autocast, matrix
+    The logits exist for a chunk of `CHUNK_BYTES` at a time: in the forward and, when there are
+    more chunks than one, computed again in the backward, which writes the gradient of the weight
+    into one buffer. With autocast, matrix
     products run in its precision; all else is float32.
 
     Args:
@@ -242,7 +243,8 @@ class _LinearLogProbs(torch.autograd.Function):
         logprobs = hidden.new_empty(len(temperatures), *targets.shape, dtype=torch.float32)
         normaliser = hidden.new_empty(len(temperatures), len(targets), 1, dtype=torch.float32)
         entropy = hidden.new_empty(len(targets), dtype=torch.float32)
-        for part in _chunks(hidden, weight):
+        chunks = _chunks(hidden, weight)
+        for part in chunks:
             logits = F.linear(hidden[part], weight, bias).float()
             chosen = logits.gather(1, targets[part])
             power = torch.empty_like(logits)
@@ -254,7 +256,9 @@ class _LinearLogProbs(torch.autograd.Function):
                 logprobs[row, part] = chosen / temperature - normaliser[row, part]
             mean = torch.linalg.vecdot(power, logits) / total.squeeze(1)
             entropy[part] = normaliser[-1, part].squeeze(1) - mean / temperatures[-1]
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+        # One chunk is what may exist at any time, so it may as well be kept.
+        kept = logits if len(chunks) == 1 else None
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kept)
         ctx.temperatures = temperatures
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(entropy)
@@ -262,7 +266,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+        hidden, weight, bias, targets, normaliser, kept = ctx.saved_tensors
         wanted = [
             (row, temperature, gradient)
             for row, (temperature, gradient) in enumerate(
@@ -276,11 +280,12 @@ class _LinearLogProbs(torch.autograd.Function):
         )
         for_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in _chunks(hidden, weight):
-            logits = F.linear(hidden[part], weight, bias).float()
+            logits = F.linear(hidden[part], weight, bias).float() if kept is None else kept
             slope = None  # of the loss by the logits
             for row, temperature, gradient in wanted:
                 scaled = gradient[part] / temperature
-                power = logits.div(temperature) if len(wanted) > 1 else logits.div_(temperature)
+                last_use = kept is None and row == wanted[-1][0]
+                power = logits.div_(temperature) if last_use else logits.div(temperature)
                 power.sub_(normaliser[row, part]).exp_().mul_(-scaled.sum(1, keepdim=True))
                 power.scatter_add_(1, targets[part], scaled)
                 slope = power if slope is None else slope.add_(power)
@@ -310,12 +315,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left.T @ right
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Parts of the scored tokens whose logits take `CHUNK_BYTES`, all of about one size."""
     count = len(hidden)
     limit = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))
     size = -(-count // max(1, -(-count // limit))) if count else 1
-    return (slice(at, min(count, at + size)) for at in range(0, count, size))
+    return [slice(at, min(count, at + size)) for at in range(0, count, size)]
 
 
 @torch.no_grad()

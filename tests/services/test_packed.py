@@ -61,11 +61,13 @@ def test_one_row_a_temperature() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("reached", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("shape", [(11,), (11, 3)])
+@pytest.mark.parametrize("at_once", [4, 11])
 def test_log_probs_in_chunks_are_the_plain_ones_and_so_are_their_gradients(
     monkeypatch: pytest.MonkeyPatch,
     bias: bool,
     reached: tuple[int, ...],
     shape: tuple[int, ...],
+    at_once: int,
 ) -> None:
     """Against log_softmax in float64; `reached` are the temperatures that the loss looks at."""
     torch.manual_seed(0)
@@ -82,7 +84,7 @@ def test_log_probs_in_chunks_are_the_plain_ones_and_so_are_their_gradients(
     plain = torch.stack([t.gather(1, targets.view(11, -1)).view(shape) for t in tables])
     (plain[list(reached)] * pull[list(reached)].double()).sum().backward()
 
-    monkeypatch.setitem(packed.CHUNK_BYTES, "cpu", 4 * 4 * 30)  # four tokens at once
+    monkeypatch.setitem(packed.CHUNK_BYTES, "cpu", 4 * 30 * at_once)
     got = packed.linear_logprobs(
         leaves[0], leaves[1], leaves[2] if bias else None, targets, temperatures
     )
