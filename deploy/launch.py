@@ -18,7 +18,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,10 @@ from services.redis_server import EmbeddedRedis, resolve_url
 from services.stage import EVAL, TRAIN, Connection, consumers_of
 from services.streams import Ledger, Streams
 from services.weight_store import StoreFeed, start_store
-from teacher.serve import deploy_teacher, remove_teacher
+from teacher.auth import environment_keys
+from teacher.client import Target
+from teacher.pool import targets
+from teacher.serve import deploy_teacher, stop_teacher
 from teacher.worker import TeacherWorker
 from trainer.checkpoint import latest
 from trainer.loop import LoopConfig, checkpoints_of, trainer
@@ -95,10 +98,10 @@ class Run:
             )
             store = start_store(f"{self.config.name}-weights")
             learner = await self._start_learner(connection, store)
-            teacher_url, key = await self._start_teacher(stack)
+            teacher = await self._start_teacher(stack)
             crew = Crew(self.config.name, self.console.say)
             stack.push_async_callback(crew.stop)
-            self._start_workers(crew, connection, store, teacher_url, key)
+            self._start_workers(crew, connection, store, teacher)
             recorder = stack.enter_context(Recorder(self.directory))
             watch = asyncio.create_task(self._watch(streams, recorder, learner, crew))
             stack.callback(watch.cancel)
@@ -202,21 +205,27 @@ class Run:
         await evaluation.create()
         await evaluation.redis.aclose()
 
-    async def _start_teacher(self, stack: AsyncExitStack) -> tuple[str, str]:
-        self.console.say(f"teacher: loading {self.config.teacher.model}")
-        keys = [k for k in os.environ.get("SCOPE_TEACHER_KEYS", "").split(",") if k]
-        keys = keys or [secrets.token_urlsafe(24)]
+    async def _start_teacher(self, stack: AsyncExitStack) -> Sequence[Target]:
+        """Where the teacher is: a Serve application of this run's, or servers of others."""
+        config = self.config.teacher
+        if config.endpoints:
+            self.console.say(f"teacher: {', '.join(e.url for e in config.endpoints)}")
+            return targets(config, os.environ)
+        self.console.say(f"teacher: loading {config.model}")
+        # One more than the user's, which may be given as digests only.
+        keys = [secrets.token_urlsafe(24), *environment_keys(os.environ)]
         name = f"{self.config.name}-teacher"
-        if self.config.ray.address is not None:  # a private Ray ends with the run, Serve too
-            stack.callback(remove_teacher, name)
+        # Serve outlives the driver on a cluster that is not its own, and vLLM's processes outlive
+        # a replica that is not told to stop.
+        stack.push_async_callback(asyncio.to_thread, stop_teacher, name)
         url = await asyncio.to_thread(
-            deploy_teacher, self.config.teacher, keys, name=name, route_prefix=f"/{name}"
+            deploy_teacher, config, keys, name=name, route_prefix=f"/{name}"
         )
         self.console.say(f"teacher: serving at {url}")
-        return url, keys[0]
+        return [Target(url, keys[0])]
 
     def _start_workers(
-        self, crew: Crew, connection: Connection, store: Any, url: str, key: str
+        self, crew: Crew, connection: Connection, store: Any, servers: Sequence[Target]
     ) -> None:
         config = self.config
         chosen = objective(config.trainer.objective)
@@ -235,8 +244,12 @@ class Run:
         )  # fmt: skip
         crew.staff(
             "teacher", config.teacher.workers, TeacherWorker, Resources(cpus=0.0),
+<<<<<<< HEAD
             connection, config.teacher, url, key, chosen.teacher, self.preflight.teacher.model,
             config.trainer.objective.teacher_top,
+=======
+            connection, config.teacher, servers, chosen.teacher, self.preflight.teacher.model,
+>>>>>>> c493eb8 (wip)
         )  # fmt: skip
 
     async def _start_learner(self, connection: Connection, store: Any) -> asyncio.Future[None]:

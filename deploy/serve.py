@@ -11,25 +11,30 @@ import ray
 
 from deploy.config import ConfigError
 from services.models import ModelError, fingerprint
+from teacher.auth import KEYS_VARIABLE, environment_keys
 from teacher.config import TeacherConfig
-from teacher.serve import deploy_teacher
+from teacher.serve import deploy_teacher, stop_teacher
+
+_NAME = "teacher"
 
 
 def serve_teacher(config: TeacherConfig) -> None:
     """Serves `config.model` over REST; returns after Ctrl-C or SIGTERM."""
-    keys = [key for key in os.environ.get("SCOPE_TEACHER_KEYS", "").split(",") if key]
+    keys = environment_keys(os.environ)
     try:
         fingerprint(config.model)  # a wrong path is said at once, not after Ray has started
     except ModelError as error:
         raise ConfigError(str(error)) from None
     ray.init("local", namespace="scope-teacher", log_to_driver=False, logging_level=logging.WARNING)
     try:
-        url = deploy_teacher(config, keys, name="teacher")
-        access = "with a bearer key" if keys else "without a key (SCOPE_TEACHER_KEYS is not set)"
+        url = deploy_teacher(config, keys, name=_NAME)
+        access = "with a bearer key" if keys else f"without a key ({KEYS_VARIABLE} is not set)"
         print(f"serving {config.model} at {url} {access}; stop with Ctrl-C", flush=True)
         stopped = threading.Event()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: stopped.set())
         stopped.wait()
+        print("finishing the requests in flight", flush=True)
+        stop_teacher(_NAME)
     finally:
         ray.shutdown()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from teacher.api import ErrorBody, ErrorDetail
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # load balancers have no keys
+KEYS_VARIABLE = "SCOPE_TEACHER_KEYS"
 _HASHED = "sha256:"
 
 
@@ -49,6 +50,11 @@ class KeyRing:
         given = _digest(key)
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return given.hex()[:16] if any(matches) else None
+
+
+def environment_keys(environment: Mapping[str, str]) -> list[str]:
+    """The keys in SCOPE_TEACHER_KEYS, separated by commas."""
+    return [key for key in environment.get(KEYS_VARIABLE, "").split(",") if key]
 
 
 def require_keys(host: str, keys: KeyRing) -> None:

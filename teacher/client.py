@@ -2,7 +2,8 @@
 
 Every failure is typed by whose fault it is, because that decides what becomes of the item:
 
-* `Unavailable`: the teacher is down, busy (`Busy`), slow, or refuses our key. The item waits.
+* `Unavailable`: the teacher is down (`Unreachable`), busy (`Busy`), slow, or refuses our key. The
+  item waits.
 * `BadAnswer`: it answered, with something that cannot be log-probs of what was asked, or as
   another model. The item is tried again and then given up.
 * `BadItem`: the teacher can never score this item: too long, with unknown tokens, or (`NoLogProbs`)
@@ -14,6 +15,7 @@ No value is ever made up: a call returns checked log-probs for every sequence, o
 from __future__ import annotations
 
 import asyncio
+import functools
 import ssl
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +45,10 @@ class Busy(Unavailable):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Unreachable(Unavailable):
+    """Nobody answers there, or the connection broke."""
 
 
 class BadAnswer(RuntimeError):
@@ -119,12 +125,11 @@ class Http:
         self.url = target.url.rstrip("/")
         self._timeout_s = timeout_s
         self._item_faults = item_faults
-        trusted = ssl.create_default_context(cafile=target.ca_file) if target.ca_file else True
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {target.key}"} if target.key else {},
             timeout=None,  # httpx times each read; `ask` bounds the whole request
             limits=httpx.Limits(max_connections=None),
-            verify=trusted,
+            verify=_trust(target.ca_file),
         )
 
     async def ask(
@@ -153,9 +158,9 @@ class Http:
             ) from error
         except httpx.HTTPError as error:
             said = str(error) or type(error).__name__
-            raise Unavailable(f"the teacher at {self.url} cannot be reached: {said}") from error
+            raise Unreachable(f"the teacher at {self.url} cannot be reached: {said}") from error
         if response.status_code != HTTPStatus.OK:
-            raise self._refusal(response)
+            raise self._refusal(response, asked=content is not None)
         return response
 
     async def aclose(self) -> None:
@@ -180,7 +185,7 @@ class Http:
         except ValidationError as error:
             raise self.bad_answer(path, error.errors()[0]["msg"], response) from error
 
-    def _refusal(self, response: httpx.Response) -> Exception:
+    def _refusal(self, response: httpx.Response, *, asked: bool) -> Exception:
         status, detail = response.status_code, _detail(response)
         message = f"the teacher at {self.url} answered {status}: " + (
             detail.message + (f" ({detail.param})" if detail.param else "")
@@ -189,7 +194,7 @@ class Http:
         )
         if detail and detail.type == ErrorType.NO_LOGPROBS:
             return NoLogProbs(message)
-        if status in self._item_faults:
+        if asked and status in self._item_faults:
             return BadItem(message)
         retry_after = response.headers.get("retry-after", "")
         if status in (429, 503) and retry_after.isdigit():
@@ -311,6 +316,12 @@ class TeacherClient:
                 f"the teacher at {self._http.url} is another model: its fingerprint is "
                 f"{fingerprint}, not {self._fingerprint}"
             )
+
+
+@functools.cache  # reading all authorities takes longer than a request
+def _trust(ca_file: Path | None) -> ssl.SSLContext:
+    """The authorities that may vouch for a server."""
+    return ssl.create_default_context(cafile=ca_file)
 
 
 def _detail(response: httpx.Response) -> ErrorDetail | None:

@@ -3,9 +3,45 @@ only."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from services.config import Config, EngineConfig, Resources
+
+
+class Autoscale(Config):
+    """How many copies of the model there are, by how many requests each one holds."""
+
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(ge=1)
+    target_requests: float = Field(default=32.0, gt=0)
+    """Requests that each replica shall hold, worked on or waiting."""
+    upscale_delay_s: float = Field(default=30.0, ge=0)
+    downscale_delay_s: float = Field(default=600.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Autoscale:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas is more than max_replicas")
+        return self
+
+
+def _endpoint(value: object) -> object:
+    """A URL alone is an endpoint."""
+    return {"url": value} if isinstance(value, str) else value
+
+
+class Endpoint(Config):
+    """A server that somebody else runs: this service, or any `vllm serve`."""
+
+    url: str = Field(pattern=r"^https?://[^/]")
+    """With its route prefix, without `/v1`."""
+    model: str | None = None
+    """The name that it serves the teacher under; None is its first."""
+    key_env: str | None = None
+    """The environment variable that holds its API key."""
 
 
 class TeacherConfig(Config):
@@ -13,10 +49,20 @@ class TeacherConfig(Config):
 
     model: str
     """A Hugging Face directory or hub name; also the name that requests call the model by."""
+    endpoints: list[Annotated[Endpoint, BeforeValidator(_endpoint)]] = Field(default_factory=list)
+    """Servers that hold this model already (each a URL, or more about it): the run then deploys no
+    teacher of its own."""
+    ca_file: Path | None = None
+    """Certificates (PEM) of the private authority that vouches for the endpoints, on every node."""
+    hedge_factor: float | None = Field(default=4.0, ge=1)
+    """A request to an endpoint that takes so many times as long as a slow one is sent to a second
+    endpoint too; None never does."""
     engine: EngineConfig = EngineConfig()
     """What computes the log-probs."""
     replicas: int = Field(default=1, ge=1)
     """Copies of the model; Ray Serve balances requests over them."""
+    autoscale: Autoscale | None = None
+    """As many replicas as the load needs, instead of a fixed number."""
     resources: Resources = Resources()
     """What each replica reserves."""
     host: str = "127.0.0.1"
@@ -50,3 +96,19 @@ class TeacherConfig(Config):
     is asked for again."""
     start_timeout_s: float = Field(default=600.0, gt=0)
     """How long the server may take to load its model and answer."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """How long requests in flight may still take when a replica is told to stop."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TeacherConfig:
+        if self.autoscale and self.replicas != 1:
+            raise ValueError("replicas is fixed by autoscale: leave it out")
+        own = ("replicas", "autoscale", "host", "engine", "resources", "key_tokens_per_s")
+        fields = type(self).model_fields
+        changed = [name for name in own if getattr(self, name) != fields[name].get_default()]
+        if self.endpoints and changed:
+            raise ValueError(
+                f"endpoints are served by others, so this run serves no teacher: leave out "
+                f"{', '.join(changed)}"
+            )
+        return self

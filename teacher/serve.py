@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 DEPLOYMENT = "teacher"
 _POLL_S = 0.2
 _HEALTH_TIMEOUT_S = 5.0
-_DRAIN_S = 10.0  # for requests in flight when a replica is told to stop
+_DRAIN_POLL_S = 0.2
 
 
 class TeacherFailed(RuntimeError):
@@ -128,10 +128,13 @@ def _bind(config: TeacherConfig, ring: KeyRing) -> serve.Application:
     deployment = serve.deployment(
         serve.ingress()(TeacherReplica),
         name=DEPLOYMENT,
-        num_replicas=config.replicas,
-        max_ongoing_requests=config.max_ongoing_requests,
+        **_size(config),
+        # More than a replica holds, so that the refusal is its own: Serve's names no time.
+        max_ongoing_requests=2 * config.max_ongoing_requests,
+        max_queued_requests=2 * config.max_ongoing_requests,
         max_constructor_retry_count=1,
-        graceful_shutdown_timeout_s=_DRAIN_S,
+        graceful_shutdown_timeout_s=config.drain_s,
+        graceful_shutdown_wait_loop_s=_DRAIN_POLL_S,
         ray_actor_options={
             "num_cpus": config.resources.cpus,
             "num_gpus": config.resources.gpus,
@@ -142,9 +145,25 @@ def _bind(config: TeacherConfig, ring: KeyRing) -> serve.Application:
     return bound
 
 
-def remove_teacher(name: str) -> None:
-    """Takes the application away. Serve outlives the driver on a cluster that is not its own."""
-    serve.delete(name, _blocking=False)
+def stop_teacher(name: str) -> None:
+    """Lets every replica finish what it holds, then ends it with all that it started."""
+    serve.delete(name)
+
+
+def _size(config: TeacherConfig) -> dict[str, Any]:
+    """How many replicas there are, as options of a deployment."""
+    scale = config.autoscale
+    if scale is None:
+        return {"num_replicas": config.replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": scale.min_replicas,
+            "max_replicas": scale.max_replicas,
+            "target_ongoing_requests": scale.target_requests,
+            "upscale_delay_s": scale.upscale_delay_s,
+            "downscale_delay_s": scale.downscale_delay_s,
+        }
+    }
 
 
 def _start_http(config: TeacherConfig) -> str:

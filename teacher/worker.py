@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from services.stage import Connection, Stage, new_consumer
+<<<<<<< HEAD
 from services.trajectory import (
     Outcome,
     ScoredGroup,
@@ -25,6 +26,12 @@ from services.trajectory import (
 from teacher.client import Target, TeacherClient
 from teacher.config import TeacherConfig
 from teacher.scores import TokenScores
+=======
+from services.trajectory import Outcome, ScoredGroup, VerifiedGroup, decode, encode
+from teacher.client import Target
+from teacher.config import TeacherConfig
+from teacher.pool import TeacherPool
+>>>>>>> c493eb8 (wip)
 
 Need: TypeAlias = Literal["incorrect", "all", "none"]
 
@@ -42,7 +49,7 @@ class TeacherWorker:
     Args:
         connection: the run.
         config: capacity and time-outs.
-        url, key: where the teacher is, and what it asks for.
+        targets: the servers that hold the teacher.
         need: which trajectories the objective wants scored.
         top: how many of the most likely tokens it wants with each.
         expected_fingerprint: the only model whose scores are taken; None pins the first seen.
@@ -54,8 +61,7 @@ class TeacherWorker:
         self,
         connection: Connection,
         config: TeacherConfig,
-        url: str,
-        key: str | None,
+        targets: Sequence[Target],
         need: Need,
         expected_fingerprint: str | None,
         top: int,
@@ -66,10 +72,11 @@ class TeacherWorker:
         self._connection = connection
         self._config = config
         self._outcomes = _OUTCOMES[need]
-        self._client = TeacherClient(
-            Target(url, key),
+        self._teacher = TeacherPool(
+            targets,
             timeout_s=config.request_timeout_s,
             fingerprint=expected_fingerprint,
+            hedge_factor=config.hedge_factor,
         )
         self._stopping = asyncio.Event()
         self._asked: Counter[str] = Counter(requests=0, sequences=0, tokens=0)
@@ -91,17 +98,26 @@ class TeacherWorker:
             capacity=self._config.capacity,
             config=self._connection.config,
             stopping=self._stopping,
-            details=lambda: dict(self._asked),
+            details=self._details,
         )
         try:
             await stage.run()
         finally:
-            await self._client.aclose()
+            await self._teacher.aclose()
             await lane.redis.aclose()
 
     async def stop(self) -> None:
         """Asks `run` to return once it has finished what it holds."""
         self._stopping.set()
+
+    def _details(self) -> dict[str, float]:
+        pool = self._teacher
+        return {
+            **self._asked,
+            "retried": pool.retried,
+            "hedged": pool.hedged,
+            "servers_down": pool.down,
+        }
 
     async def _process(self, payload: bytes) -> bytes:
         group = decode(VerifiedGroup, payload)
@@ -115,8 +131,13 @@ class TeacherWorker:
         asked = [place for place in places if len(trajectories[place].token_ids)]
         if asked:
             prompt = group.rollout.prompt.token_ids
+<<<<<<< HEAD
             scores = await self._client.score(
                 [(prompt, trajectories[place].token_ids) for place in asked], self._top
+=======
+            scores = await self._teacher.score(
+                [(prompt, trajectories[place].token_ids) for place in asked]
+>>>>>>> c493eb8 (wip)
             )
             logprobs.update(zip(asked, (score.logprobs for score in scores), strict=True))
             if self._top:
@@ -126,5 +147,10 @@ class TeacherWorker:
             self._asked.update(
                 requests=1, sequences=len(asked), tokens=len(prompt) * len(asked) + completions
             )
+<<<<<<< HEAD
         teacher = self._client.fingerprint if asked else ""
         return encode(ScoredGroup(group, logprobs, teacher, top))
+=======
+        teacher = self._teacher.fingerprint if asked else ""
+        return encode(ScoredGroup(group, logprobs, teacher))
+>>>>>>> c493eb8 (wip)

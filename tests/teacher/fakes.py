@@ -96,6 +96,7 @@ class FaultyTeacher:
 
     an `int`: with that status; `bytes`: with that body; a `dict`: with those fields of the
     honest answer replaced; `"silence"`: never; `"half body"`: and breaks off in the middle.
+    Asked about its models it does not lie, and finds no fault with an item.
     """
 
     def __init__(self) -> None:
@@ -119,22 +120,25 @@ class FaultyTeacher:
         asked = scope["method"] == "POST"
         if asked:
             self.requests.append(_request(body, headers))
-        if self.fault == "silence":
+        told = self.fault if asked or self.fault not in (413, 422) else None
+        if not asked and isinstance(told, bytes | dict):
+            told = None
+        if told == "silence":
             while message["type"] != "http.disconnect":
                 message = await receive()
             return
-        status = self.fault if isinstance(self.fault, int) else 200
-        answer = self._answer(asked)
-        length = len(answer) + (100 if self.fault == "half body" else 0)
+        status = told if isinstance(told, int) else 200
+        answer = self._answer(asked, told)
+        length = len(answer) + (100 if told == "half body" else 0)
         length_header = (b"content-length", str(length).encode())
         await send({"type": "http.response.start", "status": status, "headers": [length_header]})
         await send({"type": "http.response.body", "body": answer})
 
-    def _answer(self, asked: bool) -> bytes:
-        if isinstance(self.fault, bytes):
-            return self.fault
-        if isinstance(self.fault, int):
-            message = {"type": "fault", "message": f"this is fault {self.fault}", "param": "x.0"}
+    def _answer(self, asked: bool, told: int | bytes | dict[str, Any] | str | None) -> bytes:
+        if isinstance(told, bytes):
+            return told
+        if isinstance(told, int):
+            message = {"type": "fault", "message": f"this is fault {told}", "param": "x.0"}
             return json.dumps({"error": message}).encode()
         honest: dict[str, Any] = {"object": "list", "data": [FAKE_CARD.model_dump()]}
         if asked:
@@ -144,7 +148,7 @@ class FaultyTeacher:
                 for sequence in self.requests[-1]["sequences"]
             ]
             honest = {"model": FAKE_CARD.id, "fingerprint": "f00d", "scores": scores}
-        changed = self.fault if isinstance(self.fault, dict) else {}
+        changed = told if isinstance(told, dict) else {}
         return json.dumps({**honest, **changed}).encode()
 
 
@@ -167,15 +171,20 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def listening(app: ASGIApp) -> Iterator[str]:
-    """Serves `app` over real HTTP on a free port of this machine; yields its URL."""
+def listening(app: ASGIApp, port: int = 0, **settings: Any) -> Iterator[str]:
+    """Serves `app` over real HTTP on a free port of this machine; yields its URL. Ends at once,
+    whatever it holds."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
         listener.listen()
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical"))
+        server = uvicorn.Server(
+            uvicorn.Config(app, lifespan="off", log_level="critical", **settings)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"  # the kernel queues early callers
-        server.should_exit = True
+        scheme = "https" if "ssl_certfile" in settings else "http"
+        yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"  # the kernel queues early callers
+        server.should_exit = server.force_exit = True
         thread.join(timeout=10)
         assert not thread.is_alive()

@@ -17,7 +17,17 @@ def test_only_the_model_must_be_named() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"port": 70_000}, {"replicas": 0}, {"modle": "x"}, {"engine": {"kind": "tgi"}}],
+    [
+        {"port": 70_000},
+        {"replicas": 0},
+        {"modle": "x"},
+        {"engine": {"kind": "tgi"}},
+        {"endpoints": ["teacher:8000"]},
+        {"endpoints": ["http://a"], "replicas": 2},
+        {"endpoints": ["http://a"], "engine": {"kind": "vllm"}},
+        {"autoscale": {"min_replicas": 3, "max_replicas": 2}},
+        {"autoscale": {"max_replicas": 2}, "replicas": 2},
+    ],
     ids=str,
 )
 def test_a_wrong_value_or_key_is_an_error(wrong: dict[str, object]) -> None:

@@ -72,7 +72,7 @@ async def test_a_teacher_with_broken_weights_is_a_fault_and_shows_no_trace(
     body = {"sequences": [{"prompt": [1], "completion": [2]}]}
     response = httpx.post(f"{url}/v1/score", json=body)
     assert response.status_code == 500
-    assert response.json()["error"]["type"] == "server_error"
+    assert response.json()["error"]["type"] == "no_logprobs"
     assert "Traceback" not in response.text
 
 

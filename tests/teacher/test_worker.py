@@ -26,6 +26,7 @@ from services.trajectory import (
     decode,
     encode,
 )
+from teacher.client import Target
 from teacher.config import TeacherConfig
 from teacher.worker import Need, TeacherWorker
 from tests.teacher.fakes import FaultyTeacher
@@ -85,7 +86,11 @@ async def working(
 ) -> AsyncIterator[TeacherWorker]:
     """A worker that runs inside of the block and is cut off after it, as a kill would."""
     config = TeacherConfig(model="fake", request_timeout_s=timeout_s)
+<<<<<<< HEAD
     worker = TeacherWorker(connection, config, url, "key", need, fingerprint, top, "teacher-0")
+=======
+    worker = TeacherWorker(connection, config, [Target(url, "key")], need, fingerprint, "teacher-0")
+>>>>>>> c493eb8 (wip)
     running = asyncio.create_task(worker.run())
     yield worker
     running.cancel()
@@ -263,7 +268,11 @@ async def test_past_the_patience_the_worker_stops_and_the_item_stays(
     hasty = replace(connection, config=StageConfig(lease_s=0.4, patience_s=0.1))
     await put(streams, encode(group()))
     config = TeacherConfig(model="fake")
+<<<<<<< HEAD
     worker = TeacherWorker(hasty, config, faulty_url, None, "all", None, 0, "teacher-0")
+=======
+    worker = TeacherWorker(hasty, config, [Target(faulty_url)], "all", None, "teacher-0")
+>>>>>>> c493eb8 (wip)
     with pytest.raises(PatienceExceeded, match="this is fault 503"):
         await asyncio.wait_for(worker.run(), DEADLINE_S)
     ledger = await streams.ledger()
@@ -277,11 +286,15 @@ async def test_a_stopped_worker_finishes_what_it_holds(
     patient = replace(connection, config=StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
     await put(streams, encode(group()))
     config = TeacherConfig(model="fake")
+<<<<<<< HEAD
     worker = TeacherWorker(patient, config, faulty_url, None, "all", None, 0, "teacher-0")
+=======
+    worker = TeacherWorker(patient, config, [Target(faulty_url)], "all", None, "teacher-0")
+>>>>>>> c493eb8 (wip)
     running = asyncio.create_task(worker.run())
 
     async def asked() -> bool:
-        return bool(faulty.requests)
+        return bool(faulty.authorizations)
 
     await until(asked)
     await worker.stop()

@@ -1,0 +1,161 @@
+"""Asking a server that speaks OpenAI's completions and vLLM's `prompt_logprobs`: any `vllm serve`.
+
+Such a server does not tell which weights it holds. It is held to the name that it serves, and to
+what it said about a fixed sequence of tokens when it was first asked (`Probe`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from services.trajectory import LogProbs
+from teacher.client import BadAnswer, Http, Pair, Target
+from teacher.scores import InvalidLogProbs, TokenScores, valid_scores
+
+_PATH = "/v1/completions"
+_PROBE = [3 + 7 * i % 250 for i in range(32)]  # ids that every vocabulary has
+_SAME = 0.1  # nats that two servers of one model may differ on average: bfloat16, other kernels
+_NO_NUMBER = -9999.0  # what vLLM writes for minus infinity
+
+
+class Probe:
+    """What the first server said of the probe: all others must say the same."""
+
+    def __init__(self) -> None:
+        self._first: LogProbs | None = None
+
+    def compare(self, url: str, logprobs: LogProbs) -> None:
+        """
+        Raises:
+            BadAnswer: another model answers there.
+        """
+        if self._first is None:
+            self._first = logprobs
+        difference = float(np.abs(logprobs - self._first).mean())
+        if difference > _SAME:
+            raise BadAnswer(
+                f"the teacher at {url} is another model: its log-probs of a fixed sequence are "
+                f"{difference:.2f} nats off"
+            )
+
+
+class _Entry(BaseModel):
+    logprob: float
+
+
+class _Choice(BaseModel):
+    index: int
+    prompt_logprobs: list[dict[int, _Entry] | None]
+
+
+class _Completion(BaseModel):
+    model: str
+    choices: list[_Choice]
+
+
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Model] = Field(min_length=1)
+
+
+class CompletionsClient:
+    """See `teacher.client.Client`.
+
+    Args:
+        target: where it is.
+        timeout_s: for one request as a whole, answer included.
+        probe: shared by all servers of one teacher.
+    """
+
+    def __init__(self, target: Target, *, timeout_s: float, probe: Probe) -> None:
+        # vLLM answers 400 for a sequence that is too long or holds unknown tokens.
+        self._http = Http(target, timeout_s=timeout_s, item_faults=(400, 413, 422))
+        self._model = target.model
+        self._probe = probe
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of the model: its weights are not told."""
+        return f"name:{self._model}" if self._model else ""
+
+    async def aclose(self) -> None:
+        """See `Client`."""
+        await self._http.aclose()
+
+    async def check(self) -> None:
+        """See `Client`."""
+        response = await self._http.ask("GET", "/v1/models")
+        names = [model.id for model in self._http.read(_Models, "/v1/models", response).data]
+        if self._model is None:
+            self._model = names[0]
+        elif self._model not in names:
+            raise BadAnswer(f"the teacher at {self._http.url} does not serve {self._model!r}")
+        ids = np.array(_PROBE, np.int32)
+        (scores,) = await self.score([(ids[:1], ids[1:])])
+        self._probe.compare(self._http.url, scores.logprobs)
+
+    async def score(self, sequences: Sequence[Pair], top: int = 0) -> list[TokenScores]:
+        """See `Client`."""
+        body = {
+            "model": self._model,
+            "prompt": [
+                [*prompt.tolist(), *completion.tolist()] for prompt, completion in sequences
+            ],
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": top,
+        }
+        headers = {"Content-Type": "application/json"}
+        response = await self._http.ask("POST", _PATH, json.dumps(body).encode(), headers)
+        answer = self._http.read(_Completion, _PATH, response)
+        if answer.model != self._model:
+            raise BadAnswer(f"the teacher at {self._http.url} answered as {answer.model!r}")
+        found = {choice.index: choice.prompt_logprobs for choice in answer.choices}
+        if found.keys() != set(range(len(sequences))):
+            raise BadAnswer(
+                f"the teacher at {self._http.url} gave {len(answer.choices)} choices for "
+                f"{len(sequences)} sequences"
+            )
+        return [self._scores(found[i], pair, i, top) for i, pair in enumerate(sequences)]
+
+    def _scores(
+        self, entries: Sequence[Mapping[int, _Entry] | None], pair: Pair, index: int, top: int
+    ) -> TokenScores:
+        prompt, completion = pair
+        try:
+            if len(entries) != len(prompt) + len(completion):
+                raise InvalidLogProbs(
+                    f"{len(entries)} tokens instead of {len(prompt) + len(completion)}"
+                )
+            return _valid(entries[len(prompt) :], completion.tolist(), top)
+        except InvalidLogProbs as error:
+            raise BadAnswer(
+                f"the teacher at {self._http.url} scored sequence {index} wrongly: {error}"
+            ) from error
+
+
+def _valid(
+    entries: Sequence[Mapping[int, _Entry] | None], ids: Sequence[int], top: int
+) -> TokenScores:
+    """
+    Raises:
+        InvalidLogProbs: these are not the scores of `ids`.
+    """
+    own, top_ids, top_logprobs = [], [], []
+    for place, (entry, id_) in enumerate(zip(entries, ids, strict=True)):
+        if entry is None or id_ not in entry or len(entry) < top:
+            raise InvalidLogProbs(f"no log-prob of token {place}")
+        best = sorted(entry.items(), key=lambda item: -item[1].logprob)[:top]
+        own.append(entry[id_].logprob)
+        top_ids.append([other for other, _ in best])
+        top_logprobs.append([value.logprob for _, value in best])
+    if min([*own, *(row[-1] for row in top_logprobs if row)], default=0.0) <= _NO_NUMBER:
+        raise InvalidLogProbs("a log-prob is minus infinity")
+    return valid_scores(own, len(ids), top_ids, top_logprobs, top)

@@ -1,0 +1,320 @@
+"""Several servers of one teacher as one: whichever can answer does.
+
+                     ┌─ least outstanding tokens ─▶ server A   up
+    score ─▶ choose ─┤  slow? ask a second one  ─▶ server B   up
+                     └─ failed? the next one        server C   down ◀── looked after
+
+A server is used once it has been recognised (its dialect, and that it serves the right model).
+Failures in a row, or no connection at all, take it out; it is asked for its models from then on,
+ever less often, and comes back when it answers. So requests never wait for a server that is known
+to be down, and a call fails only when every server has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from services.stage import BadItem, Unavailable
+from teacher.client import (
+    BadAnswer,
+    Busy,
+    Client,
+    Http,
+    NoLogProbs,
+    Pair,
+    Target,
+    TeacherClient,
+    Unreachable,
+)
+from teacher.config import TeacherConfig
+from teacher.openai_client import CompletionsClient, Probe
+from teacher.scores import TokenScores
+
+log = logging.getLogger(__name__)
+
+_FAILURES = 3  # in a row take a server out
+_FIRST_CHECK_S, _LAST_CHECK_S = 0.2, 10.0
+_CHECK_TIMEOUT_S = 30.0
+_SLOW = 0.95  # quantile of a server's speeds that counts as slow
+_KNOWN = 20  # answers before a quantile means anything
+_REMEMBERED = 200
+_SHORTEST_HEDGE_S = 0.5
+_HEDGED = 0.1  # of all requests at most: hedging must not become the load it is to mend
+
+
+class MissingKey(RuntimeError):
+    """An API key is not where the config says."""
+
+
+def targets(config: TeacherConfig, environment: Mapping[str, str]) -> list[Target]:
+    """The configured servers with their keys.
+
+    Raises:
+        MissingKey: an environment variable is not set.
+    """
+    made = []
+    for endpoint in config.endpoints:
+        key = environment.get(endpoint.key_env) if endpoint.key_env else None
+        if endpoint.key_env and not key:
+            raise MissingKey(
+                f"the key of {endpoint.url} is to be in the environment variable "
+                f"{endpoint.key_env}, which is not set"
+            )
+        made.append(Target(endpoint.url, key, endpoint.model, config.ca_file))
+    return made
+
+
+@dataclass(eq=False)
+class _Server:
+    target: Target
+    client: Client | None = None  # None until it is recognised
+    up: bool = False
+    said: str = "was not asked yet"  # why it is not up
+    outstanding: int = 0  # tokens
+    failures: int = 0  # in a row
+    checks: int = 0  # in vain
+    busy_until: float = 0.0
+    speeds: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))  # s/token
+    care: asyncio.Task[None] | None = None
+
+
+class TeacherPool:
+    """See the module.
+
+    Args:
+        targets: where the servers are; at least one.
+        timeout_s: for one request to one server, answer included.
+        fingerprint: the model that must answer; None pins the first that does.
+        hedge_factor: a request that takes so many times as long as a slow one is sent to a
+            second server too; None never does.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        *,
+        timeout_s: float,
+        fingerprint: str | None = None,
+        hedge_factor: float | None = None,
+    ) -> None:
+        self._servers = [_Server(target) for target in targets]
+        self._timeout_s = timeout_s
+        self._fingerprint = fingerprint
+        self._hedge_factor = hedge_factor
+        self._probe = Probe()
+        self._changed = asyncio.Event()  # set and replaced whenever a server's state does
+        self.requests = 0
+        self.hedged = 0
+        self.retried = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """The pinned model; empty while none has answered."""
+        return self._fingerprint or ""
+
+    @property
+    def down(self) -> int:
+        """Servers that are not used now."""
+        return sum(not server.up for server in self._servers)
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        for server in self._servers:
+            if server.care is not None:
+                server.care.cancel()
+            if server.client is not None:
+                await server.client.aclose()
+
+    async def score(self, sequences: Sequence[Pair], top: int = 0) -> list[TokenScores]:
+        """See `teacher.client.Client.score`.
+
+        Raises:
+            Unavailable: no server can be used, or all that can have failed.
+            BadAnswer, BadItem: see `teacher.client`; another server was asked before, if there
+                is one, unless the item itself is at fault.
+        """
+        self.requests += 1
+        failed: dict[_Server, Exception] = {}
+        while (server := await self._choose(failed)) is not None:
+            self.retried += bool(failed)
+            try:
+                return await self._ask(server, failed, sequences, top)
+            except (Unavailable, BadAnswer, NoLogProbs) as error:
+                failed[server] = error
+        raise self._exhausted(failed)
+
+    # ------------------------------------------------------------------------------ choosing
+
+    async def _choose(self, failed: Collection[_Server]) -> _Server | None:
+        """The best server that has not failed this call; waits while one may still come up."""
+        for server in self._servers:
+            if not server.up and server.care is None:
+                self._look_after(server)
+        while (found := self._best(failed)) is None and not failed and self._hopeful():
+            await self._changed.wait()
+        return found
+
+    def _best(self, excluded: Collection[_Server]) -> _Server | None:
+        now = time.monotonic()
+        free = [s for s in self._servers if s.up and s.busy_until <= now and s not in excluded]
+        return min(free, key=lambda server: server.outstanding, default=None)
+
+    def _hopeful(self) -> bool:
+        """Whether a server is still being looked at for the first time."""
+        return any(not server.up and not server.checks for server in self._servers)
+
+    def _exhausted(self, failed: Mapping[_Server, Exception]) -> Exception:
+        """What the call fails with. A server that had an answer says more about the item than
+        those that had none."""
+        for error in failed.values():
+            if isinstance(error, BadAnswer | NoLogProbs):
+                return error
+        said = [str(error) for error in failed.values()]
+        said += [server.said for server in self._servers if server not in failed]
+        return Unavailable("; ".join(said))
+
+    # -------------------------------------------------------------------------------- asking
+
+    async def _ask(
+        self,
+        server: _Server,
+        failed: dict[_Server, Exception],
+        sequences: Sequence[Pair],
+        top: int,
+    ) -> list[TokenScores]:
+        """Asks `server`, and a second one when it is unusually slow; the first answer counts."""
+        tokens = sum(len(prompt) + len(completion) for prompt, completion in sequences)
+        asked = {self._request(server, tokens, sequences, top): server}
+        try:
+            await asyncio.wait(asked, timeout=self._slow_s(server, tokens))
+            if not any(task.done() for task in asked) and self._may_hedge():
+                other = self._best({server, *failed})
+                if other is not None:
+                    self.hedged += 1
+                    asked[self._request(other, tokens, sequences, top)] = other
+            return await _first_success(asked, failed)
+        finally:
+            for task in asked:
+                task.cancel()
+
+    def _request(
+        self, server: _Server, tokens: int, sequences: Sequence[Pair], top: int
+    ) -> asyncio.Task[list[TokenScores]]:
+        """One request to one server, counted from now on: others choose before it runs."""
+
+        def done(_: object) -> None:
+            server.outstanding -= tokens
+
+        server.outstanding += tokens
+        task = asyncio.create_task(self._timed(server, tokens, sequences, top))
+        task.add_done_callback(done)
+        return task
+
+    async def _timed(
+        self, server: _Server, tokens: int, sequences: Sequence[Pair], top: int
+    ) -> list[TokenScores]:
+        """One request; what becomes of it is remembered."""
+        assert server.client is not None
+        started = time.monotonic()
+        try:
+            scores = await server.client.score(sequences, top)
+        except Busy as error:
+            server.busy_until = time.monotonic() + error.retry_after_s
+            server.said = str(error)
+            raise
+        except (Unavailable, BadAnswer) as error:
+            server.failures += 1
+            if server.up and (server.failures >= _FAILURES or isinstance(error, Unreachable)):
+                self._take_out(server, error)
+            raise
+        server.failures = server.checks = 0
+        server.speeds.append((time.monotonic() - started) / max(1, tokens))
+        return scores
+
+    def _slow_s(self, server: _Server, tokens: int) -> float | None:
+        if self._hedge_factor is None or len(server.speeds) < _KNOWN or len(self._servers) == 1:
+            return None
+        slow = sorted(server.speeds)[int(_SLOW * len(server.speeds))]
+        return max(_SHORTEST_HEDGE_S, self._hedge_factor * slow * tokens)
+
+    def _may_hedge(self) -> bool:
+        return self.hedged < _HEDGED * self.requests
+
+    # ---------------------------------------------------------------------------- looking after
+
+    def _take_out(self, server: _Server, error: Exception) -> None:
+        log.warning("a teacher is not used for now: %s", error)
+        server.up, server.said = False, str(error)
+        self._look_after(server)
+
+    def _look_after(self, server: _Server) -> None:
+        server.care = asyncio.create_task(self._until_well(server))
+
+    async def _until_well(self, server: _Server) -> None:
+        """Asks a server that is down, ever less often, until it is well."""
+        while not server.up:
+            if server.checks:
+                pause = min(_LAST_CHECK_S, _FIRST_CHECK_S * 2 ** (server.checks - 1))
+                await asyncio.sleep(pause)
+            try:
+                async with asyncio.timeout(_CHECK_TIMEOUT_S):
+                    await self._recognise(server)
+            except (Unavailable, BadAnswer) as error:
+                server.said = str(error)
+            except TimeoutError:
+                server.said = f"{server.target.url} did not say what it is"
+            else:
+                server.up, server.failures = True, 0
+            server.checks += 1
+            self._changed.set()
+            self._changed = asyncio.Event()
+        server.care = None
+
+    async def _recognise(self, server: _Server) -> None:
+        """Finds out how a server speaks, and that it serves the right model.
+
+        Raises:
+            Unavailable, BadAnswer: it does not answer, or not as it should.
+        """
+        if server.client is None:
+            server.client = await self._dialect(server.target)
+        await server.client.check()
+        if isinstance(server.client, TeacherClient):
+            found = server.client.fingerprint
+            if self._fingerprint is None:
+                self._fingerprint = found
+            elif found != self._fingerprint:
+                raise BadAnswer(f"{server.target.url} is another model: {found}")
+        elif self._fingerprint is None:
+            self._fingerprint = server.client.fingerprint
+
+    async def _dialect(self, target: Target) -> Client:
+        """A client that speaks as the server does: only ours tells fingerprints."""
+        http = Http(target, timeout_s=self._timeout_s)
+        try:
+            response = await http.ask("GET", "/v1/models")
+        finally:
+            await http.aclose()
+        if b'"fingerprint"' in response.content:
+            return TeacherClient(target, timeout_s=self._timeout_s, fingerprint=self._fingerprint)
+        return CompletionsClient(target, timeout_s=self._timeout_s, probe=self._probe)
+
+
+async def _first_success(
+    asked: Mapping[asyncio.Task[list[TokenScores]], _Server], failed: dict[_Server, Exception]
+) -> list[TokenScores]:
+    """The first answer; or, when all have failed, the last error. Errors are put in `failed`."""
+    pending = set(asked)
+    while pending:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            try:
+                return task.result()
+            except (Unavailable, BadAnswer, BadItem) as error:
+                failed[asked[task]] = last = error
+    raise last

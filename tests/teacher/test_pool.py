@@ -1,0 +1,308 @@
+"""Several real servers, some of them faulty, as one teacher."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import ipaddress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.stage import BadItem, Unavailable
+from teacher.client import BadAnswer, NoLogProbs, Target
+from teacher.config import TeacherConfig
+from teacher.openai_client import CompletionsClient, Probe
+from teacher.pool import MissingKey, TeacherPool, targets
+from teacher.scorer import ScoringError
+from teacher.scores import InvalidLogProbs
+from tests.teacher.fakes import (
+    FAKE_CARD,
+    FakeScorer,
+    FaultyTeacher,
+    fake_app,
+    fake_scores,
+    listening,
+    until,
+)
+
+PAIR = (np.array([1, 2], np.int32), np.array([3, 4], np.int32))
+
+
+def pool(urls: Sequence[str], **options: Any) -> TeacherPool:
+    return TeacherPool([Target(url) for url in urls], **{"timeout_s": 10.0, **options})
+
+
+async def assert_scores(servers: TeacherPool) -> None:
+    (scores,) = await servers.score([PAIR])
+    np.testing.assert_allclose(scores.logprobs, fake_scores([3, 4]).logprobs)
+
+
+@pytest.fixture
+def scorers() -> list[FakeScorer]:
+    return [FakeScorer(), FakeScorer()]
+
+
+@pytest.fixture
+def urls(scorers: list[FakeScorer]) -> Iterator[list[str]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(listening(fake_app(scorer))) for scorer in scorers]
+
+
+async def test_the_server_with_the_least_to_do_is_asked(
+    urls: list[str], scorers: list[FakeScorer]
+) -> None:
+    servers = pool(urls)
+    await assert_scores(servers)
+    await until(lambda: servers.down == 0)
+    for scorer in scorers:
+        scorer.held = asyncio.Event()
+        scorer.calls.clear()
+    asked = [asyncio.create_task(assert_scores(servers)) for _ in range(6)]
+    await until(lambda: [len(scorer.calls) for scorer in scorers] == [3, 3])
+    for scorer in scorers:
+        assert scorer.held is not None
+        scorer.held.set()
+    await asyncio.gather(*asked)
+    await servers.aclose()
+
+
+async def test_a_server_that_goes_under_load_costs_no_request_and_comes_back(
+    scorers: list[FakeScorer],
+) -> None:
+    with listening(fake_app(scorers[0])) as stays:
+        with listening(fake_app(scorers[1])) as goes:
+            servers = pool([goes, stays])
+            await assert_scores(servers)
+            await until(lambda: servers.down == 0)
+            stop = asyncio.Event()
+
+            async def load() -> None:
+                while not stop.is_set():
+                    await assert_scores(servers)
+
+            asked = [asyncio.create_task(load()) for _ in range(8)]
+            await until(lambda: all(len(scorer.calls) > 20 for scorer in scorers))
+        await until(lambda: servers.down == 1)
+        before = len(scorers[0].calls)
+        await until(lambda: len(scorers[0].calls) > before + 20)
+        with listening(fake_app(scorers[1]), port=int(goes.rpartition(":")[2])):
+            before = len(scorers[1].calls)
+            await until(lambda: len(scorers[1].calls) > before + 20)
+            stop.set()
+            await asyncio.gather(*asked)  # no call has failed
+        await servers.aclose()
+
+
+async def test_a_straggler_is_overtaken_and_its_slot_freed(
+    urls: list[str], scorers: list[FakeScorer]
+) -> None:
+    servers = pool(urls, hedge_factor=2.0)
+    for _ in range(30):
+        await assert_scores(servers)
+    slow = max(scorers, key=lambda scorer: len(scorer.calls))  # its speed is known
+    slow.held = asyncio.Event()
+    await assert_scores(servers)
+    await until(lambda: slow.cancelled == 1)
+    assert servers.hedged == 1
+    await servers.aclose()
+
+
+async def test_without_hedging_a_straggler_is_waited_for(
+    urls: list[str], scorers: list[FakeScorer]
+) -> None:
+    servers = pool(urls)
+    for _ in range(30):
+        await assert_scores(servers)
+    slow = max(scorers, key=lambda scorer: len(scorer.calls))
+    slow.held = asyncio.Event()
+    asked = asyncio.create_task(assert_scores(servers))
+    await asyncio.wait([asked], timeout=0.7)
+    assert not asked.done()
+    slow.held.set()
+    await asked
+    await servers.aclose()
+
+
+async def test_a_server_with_another_model_is_never_believed(scorers: list[FakeScorer]) -> None:
+    other, good = FaultyTeacher(), FaultyTeacher()
+    other.fault = {"fingerprint": "beef"}
+    with listening(other) as one, listening(good) as two:
+        servers = pool([one, two], fingerprint="f00d")
+        for _ in range(10):
+            await assert_scores(servers)
+        alone = pool([one], fingerprint="f00d")
+        with pytest.raises(BadAnswer, match="fingerprint is beef, not f00d"):
+            await alone.score([PAIR])
+        strict = pool([one, two], fingerprint="cafe")
+        with pytest.raises(Unavailable, match="f00d, not cafe"):
+            await strict.score([PAIR])
+        for made in (servers, alone, strict):
+            await made.aclose()
+
+
+async def test_busy_servers_are_left_alone_and_said(scorers: list[FakeScorer]) -> None:
+    with listening(fake_app(scorers[0], max_requests=0)) as busy:
+        with listening(fake_app(scorers[1])) as free:
+            servers = pool([busy, free])
+            for _ in range(5):
+                await assert_scores(servers)
+            await servers.aclose()
+        alone = pool([busy])
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="0 requests are held"):
+                await alone.score([PAIR])
+        assert alone.down == 0
+        await alone.aclose()
+
+
+async def test_an_item_without_numbers_is_tried_elsewhere_before_it_is_bad(
+    urls: list[str], scorers: list[FakeScorer]
+) -> None:
+    servers = pool(urls)
+    scorers[0].error = ScoringError(0, InvalidLogProbs("log-prob 0 of 2 is nan"))
+    for _ in range(3):
+        await assert_scores(servers)
+    scorers[1].error = scorers[0].error
+    with pytest.raises(NoLogProbs):
+        await servers.score([PAIR])
+    await servers.aclose()
+
+
+async def test_an_item_that_is_refused_is_bad_at_once(
+    urls: list[str], scorers: list[FakeScorer]
+) -> None:
+    servers = pool(urls)
+    with pytest.raises(BadItem, match="outside of the vocabulary"):
+        await servers.score([(PAIR[0], np.array([500], np.int32))])
+    assert servers.retried == 0
+    await servers.aclose()
+
+
+async def test_when_all_are_down_everyone_is_named() -> None:
+    one, two = FaultyTeacher(), FaultyTeacher()
+    one.fault, two.fault = 500, 401
+    with listening(one) as first, listening(two) as second:
+        servers = pool([first, second])
+        with pytest.raises(Unavailable, match="this is fault 500") as raised:
+            await servers.score([PAIR])
+            await servers.score([PAIR])
+        assert first in str(raised.value)
+        assert second in str(raised.value)
+        await servers.aclose()
+
+
+FAULTS: Sequence[Any] = (
+    None, 500, 503, 429, 404, "half body", b"garbage", {"fingerprint": "beef"}, {"scores": []},
+    {"scores": [{"logprobs": [float("nan"), -1.0], "perplexity": 1.0}]},
+    {"scores": [{"logprobs": [-1.0], "perplexity": 1.0}]},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def faulty_servers() -> Iterator[tuple[list[FaultyTeacher], list[str]]]:
+    made = [FaultyTeacher() for _ in range(3)]
+    with ExitStack() as stack:
+        yield made, [stack.enter_context(listening(teacher)) for teacher in made]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+async def test_whatever_servers_do_a_score_is_right_or_an_error(
+    faulty_servers: tuple[list[FaultyTeacher], list[str]], data: st.DataObject
+) -> None:
+    teachers, urls = faulty_servers
+    for teacher in teachers:
+        teacher.heal()
+    servers = pool(urls, fingerprint="f00d")
+    await assert_scores(servers)
+    for _ in range(5):
+        for teacher in teachers:
+            teacher.fault = data.draw(st.sampled_from(FAULTS))
+        try:
+            await assert_scores(servers)
+        except (Unavailable, BadAnswer, BadItem):
+            assert any(teacher.fault is not None for teacher in teachers)
+    await servers.aclose()
+
+
+# ------------------------------------------------------------------------ other dialects
+
+
+async def test_openais_dialect_carries_the_same(scorers: list[FakeScorer]) -> None:
+    with listening(fake_app(scorers[0])) as url:
+        client = CompletionsClient(Target(url, model=FAKE_CARD.id), timeout_s=5.0, probe=Probe())
+        for top in (0, 3):
+            for pair, scores in zip([PAIR] * 2, await client.score([PAIR] * 2, top), strict=True):
+                wanted = fake_scores(pair[1].tolist(), top)
+                np.testing.assert_allclose(scores.logprobs, wanted.logprobs, rtol=1e-6)
+                np.testing.assert_array_equal(scores.top_ids, wanted.top_ids)
+                np.testing.assert_allclose(scores.top_logprobs, wanted.top_logprobs, rtol=1e-6)
+        await client.aclose()
+
+
+# ----------------------------------------------------------------------- keys and trust
+
+
+def test_keys_come_from_the_environment() -> None:
+    config = TeacherConfig.model_validate(
+        {
+            "model": "m",
+            "endpoints": ["http://a", {"url": "http://b", "key_env": "B_KEY", "model": "x"}],
+        }
+    )
+    first, second = targets(config, {"B_KEY": "secret"})
+    assert (first.url, first.key) == ("http://a", None)
+    assert (second.key, second.model) == ("secret", "x")
+    assert "secret" not in repr(second)
+    with pytest.raises(MissingKey, match="B_KEY"):
+        targets(config, {})
+
+
+def _certificate(directory: Path) -> tuple[Path, Path]:
+    """A self-signed certificate of 127.0.0.1, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "teacher")])
+    now = datetime.datetime.now(datetime.UTC)
+    host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(host, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    files = directory / "cert.pem", directory / "key.pem"
+    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return files
+
+
+async def test_a_private_authority_is_trusted_where_it_is_named(
+    scorers: list[FakeScorer], tmp_path: Path
+) -> None:
+    cert, key = _certificate(tmp_path)
+    with listening(fake_app(scorers[0]), ssl_certfile=cert, ssl_keyfile=key) as url:
+        trusting = TeacherPool([Target(url, ca_file=cert)], timeout_s=5.0)
+        await assert_scores(trusting)
+        stranger = pool([url])
+        with pytest.raises(Unavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            await stranger.score([PAIR])
+        await trusting.aclose()
+        await stranger.aclose()
