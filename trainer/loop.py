@@ -150,10 +150,10 @@ class _Leader:
             while self._one_step(runner):
                 pass
             self._settle(runner, self._saves.take())
-            self._settle(runner, self._saves.last(self._progress(), self._write_model))
+            self._settle(runner, self._saves.last(self._progress(), self._model_writer()))
             runner.run(self._reader.streams.redis.aclose())
         self._publisher.wait()
-        self._write_model(self._config.export)
+        self._model_writer()(self._config.export)
         adapters, settings = self._learner.student.adapters(), self._config.trainer.lora
         if settings is not None:
             path = self._config.export / "adapter"
@@ -182,7 +182,7 @@ class _Leader:
             self._settle(runner, self._saves.take())
             self._clock.lap("wait_checkpoint")
         if self._saves.due:
-            self._saves.begin(self._progress(), self._write_model)
+            self._saves.begin(self._progress(), self._model_writer())
             self._clock.lap("checkpoint")
         return True
 
@@ -207,11 +207,15 @@ class _Leader:
         if durable is not None:
             runner.run(self._reader.settle(durable.entries))
 
-    def _write_model(self, path: Path) -> None:
-        """The version that was published last, as a Hugging Face directory."""
+    def _model_writer(self) -> Callable[[Path], None]:
+        """What writes this version as a Hugging Face directory, whenever it is called."""
         weights = self._publisher.published
-        tensors = {name: tensor.clone() for name, tensor in weights.tensors()}
-        write_model(path, self._learner.model.config, tensors, self._tokenizer)
+
+        def write(path: Path) -> None:
+            tensors = {name: tensor.clone() for name, tensor in weights.tensors()}
+            write_model(path, self._learner.model.config, tensors, self._tokenizer)
+
+        return write
 
     def _samples(self, batch: Batch) -> list[dict[str, Any]]:
         step = self._learner.step_number
