@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import ray
@@ -43,6 +43,9 @@ from trainer.samples import due, samples
 from trainer.storage import Storage
 from trainer.student import is_sharded
 
+if TYPE_CHECKING:
+    from services.weight_push import Pusher
+
 log = logging.getLogger(__name__)
 
 _PUBLISH_TIMEOUT_S = 300.0
@@ -61,6 +64,7 @@ class LoopConfig:
     total_groups: int
     run_dir: Path
     weight_store: Any = field(repr=False)  # handle of services.weight_store.WeightStore
+    weight_transfer: Literal["auto", "store", "nccl", "ipc"] = "store"
     seed: int = 0
 
     @property
@@ -133,7 +137,7 @@ class _Leader:
         self._learner = learner
         self._saves = saves
         self._tokenizer = load_tokenizer(config.student)
-        self._publisher = _Publisher(config.weight_store)
+        self._publisher = _Publisher(config.weight_store, _pusher(config))
         self._clock = Clock()
         self._reader = GroupReader(
             config.connection,
@@ -303,9 +307,10 @@ class _Publisher:
     """Hands versions to the weight store beside the training, one at a time, and keeps the last,
     because a store that was restarted must be given it again."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, pusher: Pusher | None) -> None:
         self.published: Weights
         self._store = store
+        self._pusher = pusher
         self._thread = ThreadPoolExecutor(1, "publish")
         self._handing_over: Future[None] | None = None
         self._looked = time.monotonic()
@@ -341,6 +346,8 @@ class _Publisher:
             self.publish(self.published)
 
     def _hand_over(self, weights: Weights) -> None:
+        if self._pusher is not None:
+            weights = self._pusher.offer(weights)
         deadline = time.monotonic() + _PUBLISH_TIMEOUT_S
         while True:
             done = self._store.publish.remote(weights.version, weights)
@@ -351,6 +358,15 @@ class _Publisher:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_PUBLISH_RETRY_S)
+
+
+def _pusher(config: LoopConfig) -> Pusher | None:
+    """Who sends the weights to vLLM, where they do not go through the store."""
+    if config.weight_transfer not in ("nccl", "ipc"):
+        return None
+    from services.weight_push import Pusher, end_of  # vLLM, which is not installed everywhere
+
+    return Pusher(config.weight_store, get_device(), end_of(config.weight_transfer))
 
 
 T = TypeVar("T")
