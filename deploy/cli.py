@@ -162,6 +162,17 @@ def up(
 
 
 @app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the page; RUN_DIR/report.")] = None,
+) -> None:
+    """One self-contained page about one or more runs: curves, accuracy, trajectories."""
+    from deploy.report import write
+
+    typer.echo(write(run_dirs, out or run_dirs[0] / "report"))
+
+
+@app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="JSONL: completion, reference, data_source.")],
     config: Annotated[Path | None, typer.Option(help="The run whose verifier judges.")] = None,
