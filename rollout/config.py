@@ -60,6 +60,10 @@ class SamplingEngineConfig(EngineConfig):
     log-probs of the distribution that was sampled from, temperature applied, as the importance
     ratio needs them."""
 
+    weight_transfer: Literal["auto", "store", "nccl", "ipc"] = "auto"
+    """How new weights reach vLLM. `store`: through the Ray object store, read once by each node;
+    works everywhere. `nccl`: from the learner's GPU to those of each engine. `ipc`: where learner
+    and engine share one GPU. `auto` is `store`: the others have not been run on GPUs yet."""
     in_flight: Literal["wait", "keep"] = "wait"
     """What becomes of groups in flight when new weights come in. `wait`: they are finished first,
     so that all tokens of a group come from one version. `keep` (vLLM only): they go on under the

@@ -124,6 +124,11 @@ def _choose(config: RolloutConfig) -> Literal["vllm", "transformers"]:
             "rollout.engine.in_flight: the transformers engine always finishes what is in flight; "
             "'keep' needs rollout.engine.kind 'vllm'"
         )
+    if kind == "transformers" and config.engine.weight_transfer in ("nccl", "ipc"):
+        raise EngineError(
+            f"rollout.engine.weight_transfer: {config.engine.weight_transfer!r} needs "
+            "rollout.engine.kind 'vllm'"
+        )
     return kind
 
 

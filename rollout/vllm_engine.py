@@ -13,6 +13,7 @@ that each token is sampled from exactly what one version says of all the tokens 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -44,9 +45,10 @@ from services.config import EngineConfig
 from services.models import end_tokens, parameter_shapes
 from services.stage import BadItem, Unavailable
 from services.trajectory import Sampling
-from services.weights import Weights
+from services.weights import Sender, TransferFailed, Weights
 
 SECTION = "rollout.engine"  # of a run's config, for messages
+_OWN_TRANSFERS = {"nccl": "nccl", "ipc": "ipc"}  # vLLM's
 _FIRST = -1  # priority: lower is sooner, and samples have 0
 _EXTENSION = f"{vllm_transfer.__name__}.{vllm_transfer.WorkerExtension.__name__}"
 
@@ -72,7 +74,9 @@ def engine_args(config: RolloutConfig, model_path: str) -> AsyncEngineArgs:
         },
         defaults={
             "worker_extension_cls": _EXTENSION,
-            "weight_transfer_config": {"backend": vllm_transfer.BACKEND},
+            "weight_transfer_config": {
+                "backend": _OWN_TRANSFERS.get(config.engine.weight_transfer, vllm_transfer.BACKEND)
+            },
         },
     )
 
@@ -102,6 +106,9 @@ class VLLMEngine:
         self._end_tokens = list(end_tokens(model_path))
         self._shapes = parameter_shapes(model_path)
         self._tolerance = config.probe_tolerance
+        if config.engine.weight_transfer == "ipc":
+            # CUDA's handles of shared memory reach vLLM's processes as pickles, from this one.
+            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         self._in_flight = config.engine.in_flight
         self._running = vllm_core.start(engine_args(config, model_path), SECTION)
         self._llm = self._running.llm
@@ -122,7 +129,7 @@ class VLLMEngine:
         async with self._turnstile.closed(drained=self._in_flight == "wait") as opening:
             check_manifest(weights, self._shapes)
             with _told_when_dead():
-                await self._transfer(weights)
+                weights = await self._transfer(weights)
                 logprobs = await vllm_core.sequence_logprobs(
                     self._llm, weights.probe_ids, priority=_FIRST
                 )
@@ -133,20 +140,44 @@ class VLLMEngine:
         """Ends vLLM's processes."""
         await self._running.close()
 
-    async def _transfer(self, weights: Weights) -> None:
-        """Changes the weights. What was cached under the old ones is dropped."""
+    async def _transfer(self, weights: Weights) -> Weights:
+        """Changes the weights, and tells which came. What was cached under the old ones is
+        dropped."""
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        try:
+            if weights.sender is not None:
+                return await self._receive(weights.sender)
+            await self._read(weights)
+            return weights
+        finally:
+            await self._llm.resume_generation()
+
+    async def _read(self, weights: Weights) -> None:
+        """From their buffer, by our own transfer engine."""
         llm = self._llm
         if not self._connected:
             await llm.init_weight_transfer_engine(WeightTransferInitRequest())
             self._connected = True
-        await llm.pause_generation(mode="keep", clear_cache=True)
-        try:
-            with vllm_transfer.shared(weights) as update:
-                await llm.start_weight_update()
-                await llm.update_weights(WeightTransferUpdateRequest(update))
-                await llm.finish_weight_update(str(weights.version))
-        finally:
-            await llm.resume_generation()
+        with vllm_transfer.shared(weights) as update:
+            await llm.start_weight_update()
+            await llm.update_weights(WeightTransferUpdateRequest(update))
+            await llm.finish_weight_update(str(weights.version))
+
+    async def _receive(self, sender: Sender) -> Weights:
+        """From the learner, by one of vLLM's transfer engines, which its other end drives."""
+        llm = self._llm
+        async for call in sender.calls(llm.vllm_config.parallel_config.world_size):
+            match call.method:
+                case "init_weight_transfer_engine":
+                    await llm.init_weight_transfer_engine(WeightTransferInitRequest(call.argument))
+                case "start_weight_update":
+                    await llm.start_weight_update()
+                case "update_weights":
+                    await llm.update_weights(WeightTransferUpdateRequest(call.argument))
+                case "finish_weight_update":
+                    sent: Weights = call.argument
+                    await llm.finish_weight_update(str(sent.version))
+        return sent
 
     def _check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         model = self._llm.model_config
@@ -180,6 +211,8 @@ def _told_when_dead() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise EngineDied("vLLM's engine process died; its log says why") from error
+    except TransferFailed as error:  # half of the weights may be new
+        raise EngineDied(f"vLLM's engine was left without weights: {error}") from error
 
 
 def _sampled(outputs: Sequence[CompletionOutput]) -> Sampled:

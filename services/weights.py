@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ class Weights:
     buffer: npt.NDArray[np.uint8]
     probe_ids: tuple[int, ...]
     probe_logprobs: tuple[float, ...]  # of probe_ids[1:], temperature 1
+    sender: Sender | None = None
+    """Who sends the tensors, where `buffer` is empty."""
 
     @staticmethod
     def flatten(
@@ -82,6 +84,37 @@ class Weights:
             part = part if offset % dtype.itemsize == 0 else part.clone()
             yield name, part.view(dtype).view(shape)
             offset += size
+
+    def announcement(self) -> Weights:
+        """All but the tensors."""
+        return replace(self, buffer=np.empty(0, np.uint8))
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the learner's end of a transfer wants done: a method of vLLM's weight-transfer API. The
+    argument of the last, `finish_weight_update`, is the announcement of what was sent, which may
+    be newer than what was asked for."""
+
+    method: str
+    argument: Any
+
+
+class TransferFailed(RuntimeError):
+    """The learner did not send what it had announced."""
+
+
+class Sender(Protocol):
+    """The learner's end of a transfer that does not go through the buffer."""
+
+    def calls(self, world_size: int) -> AsyncIterator[Call]:
+        """Asks for the newest version, and gives the calls that load it into an engine of
+        `world_size` processes. The next comes when the one before was done.
+
+        Raises:
+            TransferFailed: the learner does not go on.
+        """
+        ...
 
 
 class WeightFeed(Protocol):

@@ -28,7 +28,7 @@ from services.engines import EngineError
 from services.models import probe_tokens
 from services.stage import BadItem, Unavailable
 from services.trajectory import Sampling
-from services.weights import Weights
+from services.weights import Call, TransferFailed, Weights
 from tests.builders import CONTEXT, VLLM_HEAD, VOCAB, save_tiny, tiny_model
 from tests.rollout.conftest import full_logprobs, published
 
@@ -276,6 +276,41 @@ async def test_weights_are_cast_to_the_models_precision(engine: Engine) -> None:
     await engine.load_weights(weights)
     sampled = await engine.sample(PROMPTS[2], Sampling(n=2, max_tokens=9))
     assert_sampled_from(cast, PROMPTS[2], sampled.completions)
+
+
+class LocalSender:
+    """The learner's end of a transfer; it has a newer version than was asked for."""
+
+    def __init__(self, weights: Weights, *, fails: bool = False) -> None:
+        self._weights, self._fails = weights, fails
+
+    async def calls(self, world_size: int) -> AsyncIterator[Call]:
+        assert world_size == 1
+        yield Call("init_weight_transfer_engine", {})
+        from rollout import vllm_transfer  # vLLM, without which this file must still load
+
+        with vllm_transfer.shared(self._weights) as update:
+            yield Call("start_weight_update", None)
+            if self._fails:
+                raise TransferFailed("the learner died")
+            yield Call("update_weights", update)
+            yield Call("finish_weight_update", self._weights.announcement())
+
+
+async def test_weights_may_be_sent_by_the_other_end_of_the_transfer(engine: Any) -> None:
+    sender = LocalSender(published(vllm_model(2), 9))
+    await engine.load_weights(replace(published(vllm_model(1), 8).announcement(), sender=sender))
+    sampled = await engine.sample(PROMPTS[3], Sampling(n=2, max_tokens=12))
+    assert sampled.weight_version == 9
+    assert_sampled_from(vllm_model(2), PROMPTS[3], sampled.completions)
+
+
+async def test_an_engine_that_is_left_without_weights_is_given_up(engine: Any) -> None:
+    sender = LocalSender(published(vllm_model(2), 9), fails=True)
+    with pytest.raises(EngineDied, match="left without weights: the learner died"):
+        await engine.load_weights(replace(published(vllm_model(2), 9), sender=sender))
+    with pytest.raises(Unavailable, match="no weights that passed the probe"):
+        await engine.sample([2, 3], Sampling(n=1, max_tokens=2))
 
 
 # ------------------------------------------------------------------------------- the calls

@@ -1,0 +1,154 @@
+"""The learner's end of transfers that leave the host out: vLLM's own NCCL and IPC engines.
+
+    learner ─ announces a version ─▶ WeightStore ─▶ rollout worker, which stops sampling and asks
+    Pusher ◀── asks ── WeightStore ── calls, one by one ──▶ the same methods of its AsyncLLM
+      └──────────────── tensors, from GPU to GPU ─────────────────────▶ vLLM's processes
+
+vLLM's sending engine drives the transfer through a client with the methods of `AsyncLLM`. Ours
+hands each call to the rollout worker through the store, so that the two sides need no other
+connection, and a worker that died holds up nobody but its own thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeAlias
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, WeightSource
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+from services.weight_store import Ask
+from services.weights import Weights
+
+log = logging.getLogger(__name__)
+
+Backend: TypeAlias = Literal["nccl", "ipc"]
+
+_POLL_S = 10.0
+_CALL_TIMEOUT_S = 600.0  # a whole model's broadcast, and the groups that are finished before it
+
+
+class Pusher:
+    """Sends the newest version to every engine that asks for it.
+
+    Args:
+        store: handle of the `services.weight_store.WeightStore`.
+        device: where the tensors are sent from.
+        open_end: this side's end of a transfer to an engine of so many GPUs; see `end_of`.
+    """
+
+    def __init__(
+        self, store: Any, device: torch.device, open_end: Callable[[int], TrainerInitInfo]
+    ) -> None:
+        self._store = store
+        self._device = device
+        self._open_end = open_end
+        self._weights: Weights
+        self._ends: dict[str, Any] = {}  # member -> vLLM's sending engine
+        threading.Thread(target=self._serve, name="weight-push", daemon=True).start()
+
+    def offer(self, weights: Weights) -> Weights:
+        """Makes `weights` what is sent from now on; gives what is to be published of them."""
+        self._weights = weights
+        return weights.announcement()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                ask = ray.get(self._store.next_ask.remote(_POLL_S))
+            except RayActorError:  # the store is being restarted, or the run is over
+                if threading.main_thread().is_alive():
+                    continue
+                return
+            if ask is not None:
+                threading.Thread(target=self._send, args=(ask,), daemon=True).start()
+
+    def _send(self, ask: Ask) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread
+        weights = self._weights
+        try:
+            end = self._ends.get(ask.member)
+            if end is None:
+                end = self._ends[ask.member] = WeightTransferTrainerFactory.trainer_init(
+                    self._open_end(ask.world_size),
+                    client=_Client(self._store, ask.member),
+                    source=_Source(self._device),
+                )
+            end.source.weights = end.client.weights = weights
+            end.send_weights()
+        except (GetTimeoutError, RayActorError, RayTaskError, RuntimeError) as error:
+            # The engine gives up too, and its worker is replaced by one that asks anew.
+            log.warning("weights could not be sent to %s: %s", ask.member, error)
+            self._ends.pop(ask.member, None)
+
+
+def end_of(backend: Backend) -> Callable[[int], TrainerInitInfo]:
+    """What vLLM's sending engine of `backend` is told, by the number of the receiver's GPUs. Each
+    engine has a group of its own with the learner: one that dies breaks no other's."""
+    if backend == "ipc":
+        return lambda world_size: IPCTrainerInitInfo(rank=0, packed=True)
+    return lambda world_size: NCCLTrainerInitInfo(
+        rank=0,
+        master_address=ray.util.get_node_ip_address(),
+        master_port=_free_port(),
+        world_size=1 + world_size,
+    )
+
+
+class _Source(WeightSource):
+    """One version as vLLM's sending engines read it."""
+
+    weights: Weights
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def metadata(self) -> list[ParamMeta]:
+        return [
+            ParamMeta(name, getattr(torch, dtype), shape)
+            for name, dtype, shape in self.weights.manifest
+        ]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self.weights.tensors():
+            yield name, tensor.to(self._device, non_blocking=True)
+
+
+class _Client:
+    """vLLM's `VLLMWeightSyncClient`: each call is made by one rollout worker, on its AsyncLLM."""
+
+    weights: Weights
+
+    def __init__(self, store: Any, member: str) -> None:
+        self._store, self._member = store, member
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", init_info)
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update", None)
+
+    def update_weights(self, update_info: Any) -> None:
+        self._call("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("finish_weight_update", self.weights.announcement())
+
+    def _call(self, method: str, argument: Any) -> None:
+        made = self._store.call.remote(self._member, method, argument)
+        ray.get(made, timeout=_CALL_TIMEOUT_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,111 @@
+"""Transfers that leave the host out, as far as a machine without GPUs has them: everything but the
+tensors' own way. vLLM's sending engines are the real ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from services.weight_store import StoreFeed, start_store
+from services.weights import Call, Weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm")]
+
+CPU = torch.device("cpu")
+
+
+def version(number: int) -> Weights:
+    parameters = {"a": torch.full((2, 3), float(number)), "b": torch.ones(4, dtype=torch.bfloat16)}
+    return Weights.flatten(number, parameters.items(), [1, 2], [-0.5])
+
+
+@pytest.fixture
+def store(ray_cluster: None) -> Iterator[Any]:
+    actor = start_store("pushed")
+    yield actor
+    ray.kill(actor)
+
+
+@pytest.fixture
+def broadcasts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """What vLLM's NCCL engine would have broadcast, and to whom it would have connected."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    seen: list[Any] = []
+
+    def broadcast(self: Any, source: Any, meta: Any) -> None:
+        seen.append(dict(self._checked_iter(source, meta)))
+
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: seen.append(info))
+    monkeypatch.setattr(nccl_engine.NCCLTrainerWeightTransferEngine, "_broadcast", broadcast)
+    return seen
+
+
+async def received(feed: StoreFeed, world_size: int) -> list[Call]:
+    async with asyncio.timeout(30):
+        announced = await feed.next(20)
+        assert announced is not None
+        assert announced.sender is not None and not announced.buffer.size
+        return [call async for call in announced.sender.calls(world_size)]
+
+
+async def test_nccl_sends_the_newest_version_to_each_engine(store: Any, broadcasts: Any) -> None:
+    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
+
+    from services.weight_push import Pusher, end_of
+
+    pusher = Pusher(store, CPU, end_of("nccl"))
+    await store.publish.remote(1, pusher.offer(version(1)))
+    feed = StoreFeed(store)
+    calls = await received(feed, world_size=2)
+    assert [call.method for call in calls] == [
+        "init_weight_transfer_engine",
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+    ]
+    told = NCCLWeightTransferInitInfo(**calls[0].argument)
+    endpoint, sent = broadcasts
+    assert (told.world_size, told.rank_offset) == (endpoint.world_size, 1) == (3, 1)
+    assert (told.master_address, told.master_port, told.packed) == (
+        endpoint.master_address, endpoint.master_port, endpoint.packed,
+    )  # fmt: skip
+    update = NCCLWeightTransferUpdateInfo(**calls[2].argument)
+    assert update.names == ["a", "b"]
+    assert update.dtype_names == ["float32", "bfloat16"]
+    assert [list(shape) for shape in update.shapes] == [[2, 3], [4]]
+    assert sent["a"].tolist() == [[1.0] * 3] * 2
+    assert (calls[3].argument.version, calls[3].argument.probe_ids) == (1, (1, 2))
+
+    # The next version goes over the same connection; another engine gets one of its own.
+    await store.publish.remote(2, pusher.offer(version(2)))
+    assert (await received(feed, world_size=2))[0].method == "start_weight_update"
+    assert (await received(StoreFeed(store), world_size=1))[-1].argument.version == 2
+    assert broadcasts[2]["a"][0, 0] == 2.0
+    assert broadcasts[3].world_size == 2
+
+
+async def test_an_engine_that_went_away_holds_up_no_other(store: Any, broadcasts: Any) -> None:
+    from services.weight_push import Pusher, end_of
+
+    pusher = Pusher(store, CPU, end_of("nccl"))
+    await store.publish.remote(1, pusher.offer(version(1)))
+    gone = await StoreFeed(store).next(20)
+    assert gone is not None and gone.sender is not None
+    async for call in gone.sender.calls(1):
+        assert call.method == "init_weight_transfer_engine"
+        break
+    assert (await received(StoreFeed(store), world_size=1))[-1].method == "finish_weight_update"
+
+
+def test_ipc_tells_vllm_that_handles_are_of_packed_buffers() -> None:
+    from services.weight_push import end_of
+
+    end = end_of("ipc")(1)
+    assert (end.backend, end.rank, end.packed) == ("ipc", 0, True)
