@@ -244,12 +244,8 @@ class Run:
         )  # fmt: skip
         crew.staff(
             "teacher", config.teacher.workers, TeacherWorker, Resources(cpus=0.0),
-<<<<<<< HEAD
-            connection, config.teacher, url, key, chosen.teacher, self.preflight.teacher.model,
-            config.trainer.objective.teacher_top,
-=======
             connection, config.teacher, servers, chosen.teacher, self.preflight.teacher.model,
->>>>>>> c493eb8 (wip)
+            config.trainer.objective.teacher_top,
         )  # fmt: skip
 
     async def _start_learner(self, connection: Connection, store: Any) -> asyncio.Future[None]:

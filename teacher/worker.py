@@ -14,7 +14,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from services.stage import Connection, Stage, new_consumer
-<<<<<<< HEAD
 from services.trajectory import (
     Outcome,
     ScoredGroup,
@@ -23,15 +22,10 @@ from services.trajectory import (
     decode,
     encode,
 )
-from teacher.client import Target, TeacherClient
-from teacher.config import TeacherConfig
-from teacher.scores import TokenScores
-=======
-from services.trajectory import Outcome, ScoredGroup, VerifiedGroup, decode, encode
 from teacher.client import Target
 from teacher.config import TeacherConfig
 from teacher.pool import TeacherPool
->>>>>>> c493eb8 (wip)
+from teacher.scores import TokenScores
 
 Need: TypeAlias = Literal["incorrect", "all", "none"]
 
@@ -131,13 +125,8 @@ class TeacherWorker:
         asked = [place for place in places if len(trajectories[place].token_ids)]
         if asked:
             prompt = group.rollout.prompt.token_ids
-<<<<<<< HEAD
-            scores = await self._client.score(
-                [(prompt, trajectories[place].token_ids) for place in asked], self._top
-=======
             scores = await self._teacher.score(
-                [(prompt, trajectories[place].token_ids) for place in asked]
->>>>>>> c493eb8 (wip)
+                [(prompt, trajectories[place].token_ids) for place in asked], self._top
             )
             logprobs.update(zip(asked, (score.logprobs for score in scores), strict=True))
             if self._top:
@@ -147,10 +136,5 @@ class TeacherWorker:
             self._asked.update(
                 requests=1, sequences=len(asked), tokens=len(prompt) * len(asked) + completions
             )
-<<<<<<< HEAD
-        teacher = self._client.fingerprint if asked else ""
-        return encode(ScoredGroup(group, logprobs, teacher, top))
-=======
         teacher = self._teacher.fingerprint if asked else ""
-        return encode(ScoredGroup(group, logprobs, teacher))
->>>>>>> c493eb8 (wip)
+        return encode(ScoredGroup(group, logprobs, teacher, top))

@@ -86,11 +86,8 @@ async def working(
 ) -> AsyncIterator[TeacherWorker]:
     """A worker that runs inside of the block and is cut off after it, as a kill would."""
     config = TeacherConfig(model="fake", request_timeout_s=timeout_s)
-<<<<<<< HEAD
-    worker = TeacherWorker(connection, config, url, "key", need, fingerprint, top, "teacher-0")
-=======
-    worker = TeacherWorker(connection, config, [Target(url, "key")], need, fingerprint, "teacher-0")
->>>>>>> c493eb8 (wip)
+    servers = [Target(url, "key")]
+    worker = TeacherWorker(connection, config, servers, need, fingerprint, top, "teacher-0")
     running = asyncio.create_task(worker.run())
     yield worker
     running.cancel()
@@ -268,11 +265,7 @@ async def test_past_the_patience_the_worker_stops_and_the_item_stays(
     hasty = replace(connection, config=StageConfig(lease_s=0.4, patience_s=0.1))
     await put(streams, encode(group()))
     config = TeacherConfig(model="fake")
-<<<<<<< HEAD
-    worker = TeacherWorker(hasty, config, faulty_url, None, "all", None, 0, "teacher-0")
-=======
-    worker = TeacherWorker(hasty, config, [Target(faulty_url)], "all", None, "teacher-0")
->>>>>>> c493eb8 (wip)
+    worker = TeacherWorker(hasty, config, [Target(faulty_url)], "all", None, 0, "teacher-0")
     with pytest.raises(PatienceExceeded, match="this is fault 503"):
         await asyncio.wait_for(worker.run(), DEADLINE_S)
     ledger = await streams.ledger()
@@ -286,11 +279,7 @@ async def test_a_stopped_worker_finishes_what_it_holds(
     patient = replace(connection, config=StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
     await put(streams, encode(group()))
     config = TeacherConfig(model="fake")
-<<<<<<< HEAD
-    worker = TeacherWorker(patient, config, faulty_url, None, "all", None, 0, "teacher-0")
-=======
-    worker = TeacherWorker(patient, config, [Target(faulty_url)], "all", None, "teacher-0")
->>>>>>> c493eb8 (wip)
+    worker = TeacherWorker(patient, config, [Target(faulty_url)], "all", None, 0, "teacher-0")
     running = asyncio.create_task(worker.run())
 
     async def asked() -> bool:
