@@ -76,7 +76,7 @@ def checkpoints_of(config: CheckpointConfig, run_dir: Path) -> Storage:
     """Where the checkpoints of a run are kept."""
     if config.storage is None:
         return Storage(run_dir / "checkpoints")
-    return Storage(f"{config.storage.rstrip('/')}/{run_dir.name}")
+    return Storage(config.storage, below=run_dir.name)
 
 
 def train_loop(config: LoopConfig) -> None:

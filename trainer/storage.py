@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,11 +27,18 @@ class Storage:
 
     Args:
         where: a path or a URL.
+        below: a directory in it to stay in.
+
+    Raises:
+        OSError: an object store does not answer, or has no such bucket.
     """
 
-    def __init__(self, where: str | Path) -> None:
-        self.where = str(where)
-        self._files, self._root = _resolve(self.where)
+    def __init__(self, where: str | Path, below: str = "") -> None:
+        self._files, self._root = _resolve(str(where))
+        self.where = re.sub("//[^/]*@", "//", str(where).partition("?")[0]).rstrip("/")
+        """For people: without what a URL says of keys and endpoints."""
+        if below:
+            self._root, self.where = f"{self._root}/{below}", f"{self.where}/{below}"
         self.renames = isinstance(self._files, fs.LocalFileSystem)
         """Whether a directory gets its name in one atomic step: no object store can do that."""
 

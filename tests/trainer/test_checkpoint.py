@@ -110,6 +110,11 @@ def test_a_url_of_a_directory_is_that_directory(tmp_path: Path) -> None:
     assert Storage(f"file://{tmp_path}").renames
 
 
+def test_what_people_are_shown_of_a_url_holds_no_keys() -> None:
+    url = "s3://key:secret@bucket/scope/?region=us-east-1&endpoint_override=localhost"
+    assert Storage(url, below="demo").where == "s3://bucket/scope/demo"
+
+
 @given(st.sets(st.integers(0, 60)))
 def test_ranges_hold_exactly_the_orders(orders: set[int]) -> None:
     made = ranges(orders)

@@ -63,8 +63,10 @@ def test_a_failed_save_that_nobody_took_is_not_the_next_ones(
 def test_a_run_has_a_directory_of_its_own_on_shared_storage(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "demo"
     assert checkpoints_of(CheckpointConfig(), run).where == str(run / "checkpoints")
-    shared = CheckpointConfig(storage="memory://bucket/scope/")
-    assert checkpoints_of(shared, run).where == "memory://bucket/scope/demo"
+    shared = checkpoints_of(CheckpointConfig(storage=f"file://{tmp_path}/nfs/"), run)
+    shared.adapter().mkdir("step-000001")
+    assert (tmp_path / "nfs" / "demo" / "step-000001").is_dir()
+    assert shared.where == f"file://{tmp_path}/nfs/demo"
 
 
 def test_every_instant_is_in_one_phase() -> None:
