@@ -6,7 +6,8 @@ r"""Is the answer mathematically equal to the reference? Structure by us, formul
 
 math-verify compares formulas well, and structure loosely: to it (1, 2) is 1, 2 and {1, 2}, the
 list 1, 1, 2 is 1, 2, 2, "on" is "No", and 5 cm is 5 m. So only what has no structure left gets
-there. Plain numbers do not, because sympy takes milliseconds for what a fraction does at once.
+there. Plain numbers do not, nor formulas that a look at their values tells apart
+(`verifier.math_value`), because sympy takes milliseconds for what that does at once.
 
 For judge processes only (`verifier.judge`). The library imports sympy, and both evaluate what
 the student wrote: `9^{9^{9}}` takes all the time or memory there is. Its own time-outs are
@@ -28,7 +29,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Derivative, Expr, I, Integral, Limit, Product, Rational, Sum
 
 from services.trajectory import Verdict
-from verifier import math_text
+from verifier import math_text, math_value
 from verifier.config import AnswerFrom
 from verifier.math_text import LIST, MAX_CHARS, UNION, Group, Measure
 
@@ -238,6 +239,8 @@ def _same_formula(answer: str, gold: str) -> bool:
             return False
     if len(answer) == len(gold) == 1:
         return False  # two variables; the library does not tell b from B
+    if math_value.differ(answer, gold):
+        return False
     parsed = _parse(gold)
     if not parsed:
         raise Undecided("the reference cannot be parsed")
