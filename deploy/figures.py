@@ -77,12 +77,13 @@ _SPREAD = {"scope/student_weight": "student path", "scope/teacher_weight": "teac
 
 def draw(groups: Sequence[Curves], *, dark: bool) -> dict[str, bytes]:
     """Every figure that the runs have numbers for, as PNG, by its name."""
-    made = {panel.name: _figure(panel.title, _lines, groups, panel, dark=dark) for panel in PANELS}
-    if any(any(run) for group in groups for run in group.evaluations):
-        made["held-out"] = _figure("Held-out accuracy", _held_out, groups, None, dark=dark)
-    made["weights"] = _figure("Spread of the weights", _spread, groups, None, dark=dark)
+    made = {"held-out": _figure("Held-out accuracy", _held_out, groups, None, dark=dark)}
+    made |= {panel.name: _figure(panel.title, _lines, groups, panel, dark=dark) for panel in PANELS}
+    made["weights"] = _figure(
+        "Spread of the weights (10%, 50%, 90%)", _spread, groups, None, dark=dark
+    )
     made["time"] = _figure("Where the time of a step goes", _time, groups, None, dark=dark)
-    return made
+    return {name: png for name, png in made.items() if png is not None}
 
 
 def _figure(
@@ -92,7 +93,7 @@ def _figure(
     panel: Panel | None,
     *,
     dark: bool,
-) -> bytes:
+) -> bytes | None:
     ink, paper = ("#d8dee6", "#161b22") if dark else ("#24292f", "#ffffff")
     grey = "#30363d" if dark else "#d8dee4"
     settings = {
@@ -106,7 +107,12 @@ def _figure(
         axes.set_title(title, fontsize=10, loc="left")
         axes.grid(True, linewidth=0.6)
         fill(axes, groups, panel)
-        if axes.get_legend_handles_labels()[1]:
+        if not axes.has_data():
+            plt.close(figure)
+            return None
+        if fill is _time:
+            figure.legend(fontsize=7, loc="outside lower center", ncols=4)
+        elif len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(fontsize=7, framealpha=0.8)
         written = io.BytesIO()
         # Without the writing program's version the same numbers make the same bytes.
@@ -119,6 +125,8 @@ def _lines(axes: Axes, groups: Sequence[Curves], panel: Panel) -> None:
     for group, colour in zip(groups, _colours(groups), strict=True):
         for (metric, name), style in zip(panel.metrics.items(), _STYLES, strict=False):
             steps, low, mean, high = _over_runs(group.records, metric)
+            if not steps:
+                continue
             legend = ", ".join(part for part in (group.label, name) if part)
             axes.plot(steps, mean, style, color=colour, linewidth=1.4, label=legend)
             if len(group.records) > 1:
@@ -130,8 +138,8 @@ def _lines(axes: Axes, groups: Sequence[Curves], panel: Panel) -> None:
 def _held_out(axes: Axes, groups: Sequence[Curves], _: None) -> None:
     for group, colour in zip(groups, _colours(groups), strict=True):
         for number, run in enumerate(group.evaluations):
-            for place, (name, style) in enumerate((("Avg@k", "o-"), ("Pass@k", "s--")), start=1):
-                points = [(row[0], row[place]) for row in run]
+            for place, (name, style) in enumerate((("Avg@k", "o-"), ("Pass@k", "s--"))):
+                points = [(step, both[place]) for step, *both in run]
                 if not points:
                     continue
                 values = [estimate.value for _, estimate in points]
@@ -154,11 +162,12 @@ def _spread(axes: Axes, groups: Sequence[Curves], _: None) -> None:
             low, middle, high = (
                 _over_runs(group.records, f"{prefix}_p{percent}") for percent in (10, 50, 90)
             )
+            if not middle[0]:
+                continue
             axes.plot(middle[0], middle[2], style, color=colour, label=f"{group.label}, {name}")
-            if len(low[0]) == len(high[0]):
-                axes.fill_between(low[0], low[2], high[2], color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(low[0], low[2], high[2], color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("step")
-    axes.set_ylabel("weight over its group's mean (10%, 50%, 90%)")
+    axes.set_ylabel("weight / its group's mean")
 
 
 def _time(axes: Axes, groups: Sequence[Curves], _: None) -> None:
@@ -173,6 +182,8 @@ def _time(axes: Axes, groups: Sequence[Curves], _: None) -> None:
             if n.startswith("timing_s/")
         }
     )
+    if not names:
+        return
     left = np.zeros(len(groups))
     for number, name in enumerate(names):
         seconds = np.array(
