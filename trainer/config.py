@@ -124,6 +124,9 @@ class TrainerConfig(Config):
     """Ends the run early; None trains every prompt of every epoch."""
     micro_batch_tokens: int = Field(default=16_384, ge=1)
     """Prompt and completion tokens in one forward; a longer sequence goes alone."""
+    logp_difference_warning: float = Field(default=0.1, gt=0)
+    """Nats by which the log-probs of rollout and learner may differ, as a mean over a step's
+    tokens, before a warning is logged."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the master weights."""
     autocast: Literal["none", "bfloat16"] = "none"

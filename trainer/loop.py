@@ -138,6 +138,7 @@ class _Leader:
         self._saves = saves
         self._tokenizer = load_tokenizer(config.student)
         self._publisher = _Publisher(config.weight_store, _pusher(config))
+        self._watch = LogpWatch(config.trainer.logp_difference_warning)
         self._clock = Clock()
         self._reader = GroupReader(
             config.connection,
@@ -175,6 +176,7 @@ class _Leader:
         _scattered([batch.part(mine) for mine in self._learner.shares(batch)])
         self._clock.lap("scatter")
         metrics = self._learner.step(batch, self._clock)
+        metrics |= self._watch.see(metrics["sampling/logp_difference"])
         self._publish()
         orders = [group.prompt.order for group in batch.groups]
         runner.run(self._reader.trained(self._learner.step_number, taken, orders))
@@ -358,6 +360,28 @@ class _Publisher:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_PUBLISH_RETRY_S)
+
+
+class LogpWatch:
+    """Warns when rollout's log-probs are not those that the learner computes, which makes ρ wrong:
+    once, until they are within `limit` nats again."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._warned = False
+
+    def see(self, difference: float) -> Metrics:
+        """Takes a step's mean absolute difference in nats; a metric that is 1 where it is high."""
+        high = difference > self._limit
+        if high and not self._warned:
+            log.warning(
+                "rollout's log-probs differ from the learner's by %.3g nats on average, more than "
+                "trainer.logp_difference_warning (%g): other precision, or very stale groups?",
+                difference,
+                self._limit,
+            )
+        self._warned = high
+        return {"sampling/logp_difference_high": float(high)}
 
 
 def _pusher(config: LoopConfig) -> Pusher | None:

@@ -13,7 +13,7 @@ from trainer.batch import Batch
 from trainer.checkpoint import CheckpointFailed, Progress, latest
 from trainer.config import CheckpointConfig, TrainerConfig
 from trainer.learner import Clock, Learner
-from trainer.loop import _Saves, checkpoints_of
+from trainer.loop import LogpWatch, _Saves, checkpoints_of
 from trainer.storage import Storage
 
 
@@ -78,3 +78,13 @@ def test_every_instant_is_in_one_phase() -> None:
     assert laps.keys() == {"timing_s/wait_groups", "timing_s/publish"}
     assert sum(laps.values()) == pytest.approx(passed, abs=2e-3)
     assert clock.take() == {}
+
+
+def test_a_disagreement_about_log_probs_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    watch = LogpWatch(0.1)
+    seen = [watch.see(difference) for difference in (0.05, 0.2, 0.3, 0.05, 0.4)]
+    assert [list(metrics.values()) for metrics in seen] == [[0.0], [1.0], [1.0], [0.0], [1.0]]
+    assert [record.getMessage()[:54] for record in caplog.records] == [
+        "rollout's log-probs differ from the learner's by 0.2 n",
+        "rollout's log-probs differ from the learner's by 0.4 n",
+    ]
