@@ -231,10 +231,11 @@ class _Leader:
 
     async def _record(self, metrics: Metrics, shown: list[dict[str, Any]]) -> None:
         """Leaves the step's metrics and samples for the driver, which writes them (XADD)."""
-        laps = self._clock.take()
+        self._clock.lap("record")
+        laps, now = self._clock.take(), time.time()
         metrics |= laps | {"checkpoint/failures": float(self._saves.failures)}
         metrics["throughput/trained_tokens_per_s"] = metrics["tokens/trained"] / sum(laps.values())
-        record = {"step": self._learner.step_number, "time": time.time()} | metrics
+        record = {"step": self._learner.step_number, "time": now} | metrics
         streams = self._reader.streams
         ledger = await streams.ledger()
         record |= {f"queue/{name}": float(depth) for name, depth in ledger.depth.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,12 @@ def test_every_step_has_every_metric(run_dir: Path) -> None:
         assert record["staleness/mean"] == 0
         assert record["sampling/logp_difference"] < 1e-4
         assert record["is_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_phases_of_a_step_add_up_to_its_wall_time(run_dir: Path) -> None:
+    for before, after in pairwise(read(run_dir)):
+        phases = sum(value for name, value in after.items() if name.startswith("timing_s/"))
+        assert phases == pytest.approx(after["time"] - before["time"], abs=0.05)
 
 
 def test_the_run_directory_holds_everything(run_dir: Path) -> None:
