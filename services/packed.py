@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,9 +62,9 @@ class Buckets:
     def to(self, device: torch.device | str) -> Buckets:
         """The same buckets on `device`."""
         return Buckets(
-            places=tuple(_move(p, device) for p in self.places),
-            real=tuple(_move(r, device) for r in self.real),
-            back=_move(self.back, device),
+            places=tuple(on_device(p, device) for p in self.places),
+            real=tuple(on_device(r, device) for r in self.real),
+            back=on_device(self.back, device),
         )
 
 
@@ -84,16 +85,16 @@ class Pack:
         """The same pack on `device`; the copy does not wait for what the device works on."""
         return replace(
             self,
-            token_ids=_move(self.token_ids, device),
-            position_ids=_move(self.position_ids, device),
-            cu_seqlens=_move(self.cu_seqlens, device),
-            sources=_move(self.sources, device),
-            targets=_move(self.targets, device),
+            token_ids=on_device(self.token_ids, device),
+            position_ids=on_device(self.position_ids, device),
+            cu_seqlens=on_device(self.cu_seqlens, device),
+            sources=on_device(self.sources, device),
+            targets=on_device(self.targets, device),
             buckets=self.buckets.to(device),
         )
 
 
-def pack(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Pack:
+def pack(sequences: Sequence[Sequence[int] | npt.NDArray[np.int32]], starts: Sequence[int]) -> Pack:
     """Packs token id sequences; tokens from `starts[i]` on are scored in sequence `i`.
 
     Raises:
@@ -125,7 +126,7 @@ def pack(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Pack:
     )
 
 
-def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """To `device`; from page-locked memory where that lets the copy run beside the compute."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.packed import Pack, pack
-from services.trajectory import LogProbs, ScoredGroup, TokenIds
+from services.packed import Pack, on_device, pack
+from services.trajectory import LogProbs, ScoredGroup, TokenIds, TopTokens
 from trainer.objectives import TeacherNeed
 
 
@@ -21,8 +23,9 @@ class BadGroup(ValueError):
     """A scored group that must not be trained on; the message says why."""
 
 
-def check(group: ScoredGroup, need: TeacherNeed) -> None:
-    """Refuses a group whose numbers would poison the gradient, or lack a score.
+def check(group: ScoredGroup, need: TeacherNeed, top: int = 0) -> None:
+    """Refuses a group whose numbers would poison the gradient, or lack a score or, where they
+    are needed, the teacher's `top` most likely tokens.
 
     Raises:
         BadGroup: a log-prob is missing, not finite or positive, or lengths differ.
@@ -37,6 +40,8 @@ def check(group: ScoredGroup, need: TeacherNeed) -> None:
         teacher = group.teacher_logprobs.get(place)
         if teacher is not None:
             _check_logprobs(f"teacher log-probs of trajectory {place}", trajectory, teacher)
+            if top:
+                _check_top(f"teacher's top {top} of trajectory {place}", teacher, group, place, top)
         elif verdict.outcome in scored:
             raise BadGroup(f"trajectory {place} is {verdict.outcome} and has no teacher score")
 
@@ -51,6 +56,14 @@ def _check_logprobs(what: str, trajectory: object, values: LogProbs) -> None:
         raise BadGroup(f"{what}: {values.max():.4g} is positive")
 
 
+def _check_top(what: str, teacher: LogProbs, group: ScoredGroup, place: int, top: int) -> None:
+    found = group.teacher_top.get(place)
+    if found is None or found.ids.shape != (len(teacher), top):
+        raise BadGroup(f"{what}: {'none' if found is None else found.ids.shape}")
+    if not np.isfinite(found.logprobs).all():
+        raise BadGroup(f"{what}: not finite")
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One trajectory of the batch with its prompt."""
@@ -59,6 +72,7 @@ class Sample:
     completion: TokenIds  # [T]
     behaviour: LogProbs  # [T] under the distribution that sampled
     teacher: LogProbs | None  # [T]
+    top: TopTokens | None = None  # [T, k]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +96,13 @@ class Batch:
         step does not depend on the order in which they arrived."""
         ordered = tuple(sorted(groups, key=lambda g: g.prompt.order))
         sequences = [
-            Sample(g.prompt.token_ids, t.token_ids, t.logprobs, g.teacher_logprobs.get(i))
+            Sample(
+                g.prompt.token_ids,
+                t.token_ids,
+                t.logprobs,
+                g.teacher_logprobs.get(i),
+                g.teacher_top.get(i),
+            )
             for g in ordered
             for i, t in enumerate(g.rollout.trajectories)
         ]
@@ -134,19 +154,35 @@ def shares(batch: Batch, passes: Tensor, ranks: int, *, pair_cost: float) -> lis
     return [sorted(part) for part in made]
 
 
-def micro_batches(batch: Batch, indices: Sequence[int], budget: int) -> list[list[int]]:
-    """Splits `indices` into micro-batches of at most `budget` tokens (a longer sequence goes
-    alone), of similar lengths each, which is what padded attention on CPU likes."""
+def fits(batch: Batch, member: Tensor, budget: int) -> Tensor:
+    """[N] bool: whether all members of a trajectory's group have room in one micro-batch."""
+    tokens = torch.zeros(batch.group_count, dtype=torch.int64)
+    return (tokens.index_add(0, batch.group, batch.tokens * member) <= budget)[batch.group]
+
+
+def micro_batches(
+    batch: Batch, indices: Sequence[int], budget: int, together: Tensor | None = None
+) -> list[list[int]]:
+    """Fills micro-batches of at most `budget` tokens (a longer sequence goes alone): largest
+    first, each into the first that has room, which makes few of them.
+
+    Args:
+        together: [N] bool, whose groups go whole into one micro-batch.
+    """
+    units: dict[tuple[int, int], list[int]] = {}
+    for index in indices:
+        alone = together is None or not together[index]
+        units.setdefault((int(batch.group[index]), index if alone else -1), []).append(index)
+    sizes = {unit: int(batch.tokens[members].sum()) for unit, members in units.items()}
     parts: list[list[int]] = []
-    spent = budget
-    tokens = batch.tokens.tolist()
-    for index in sorted(indices, key=lambda i: (tokens[i], i)):
-        cost = tokens[index]
-        if spent + cost > budget:
+    room: list[int] = []
+    for unit in sorted(units, key=lambda u: (-sizes[u], u)):
+        place = next((i for i, left in enumerate(room) if left >= sizes[unit]), len(parts))
+        if place == len(parts):
             parts.append([])
-            spent = 0
-        parts[-1].append(index)
-        spent += cost
+            room.append(budget)
+        parts[place] += units[unit]
+        room[place] -= sizes[unit]
     return parts
 
 
@@ -158,24 +194,47 @@ class MicroBatch:
     sequence: Tensor  # [C] int64, place in the global batch of each token's trajectory
     behaviour: Tensor  # [C] float32
     teacher: Tensor  # [C] float32, 0 where there is no score
+    top_ids: Tensor | None = None  # [C, k] int64, the teacher's most likely tokens
+    top_logprobs: Tensor | None = None  # [C, k] float32; evenly spread where there is no score
 
     @staticmethod
     def of(batch: Batch, indices: Sequence[int], device: torch.device) -> MicroBatch:
         """Packs the trajectories at `indices` and moves them to `device`."""
         chosen = [batch.sequences[i] for i in indices]
         packed = pack(
-            [np.concatenate([s.prompt, s.completion]).tolist() for s in chosen],
+            [np.concatenate([s.prompt, s.completion]) for s in chosen],
             [len(s.prompt) for s in chosen],
         )
         teacher = [
             s.teacher if s.teacher is not None else np.zeros(len(s.completion), np.float32)
             for s in chosen
         ]
-        return MicroBatch(
-            pack=packed.to(device),
-            sequence=torch.repeat_interleave(
-                torch.tensor(indices), torch.tensor(packed.lengths)
-            ).to(device),
-            behaviour=torch.from_numpy(np.concatenate([s.behaviour for s in chosen])).to(device),
-            teacher=torch.from_numpy(np.concatenate(teacher)).to(device),
-        )
+        arrays = {
+            "sequence": np.repeat(np.asarray(indices, np.int64), packed.lengths),
+            "behaviour": np.concatenate([s.behaviour for s in chosen]),
+            "teacher": np.concatenate(teacher),
+            **_top_tokens(chosen),
+        }
+        tensors = {n: on_device(torch.from_numpy(a), device) for n, a in arrays.items()}
+        return MicroBatch(pack=packed.to(device), **tensors)
+
+
+def _top_tokens(samples: Sequence[Sample]) -> dict[str, npt.NDArray[Any]]:
+    """The rows of each sample, some for those without, which are not trained on them; nothing
+    when none has any."""
+    k = next((s.top.ids.shape[1] for s in samples if s.top is not None), 0)
+    if k == 0:
+        return {}
+    shapes = [(len(s.completion), k) for s in samples]
+    ids = [
+        s.top.ids if s.top is not None else np.zeros(shape, np.int32)
+        for s, shape in zip(samples, shapes, strict=True)
+    ]
+    logprobs = [
+        s.top.logprobs if s.top is not None else np.full(shape, -np.log(k + 1.0), np.float32)
+        for s, shape in zip(samples, shapes, strict=True)
+    ]
+    return {
+        "top_ids": np.concatenate(ids).astype(np.int64),
+        "top_logprobs": np.concatenate(logprobs),
+    }

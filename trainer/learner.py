@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 from services.models import probe_tokens
 from services.packed import pack, token_logprobs
 from services.weights import Weights
-from trainer.batch import Batch, MicroBatch, micro_batches, shares
+from trainer.batch import Batch, MicroBatch, fits, micro_batches, shares
 from trainer.checkpoint import RANK_PREFIX, State
 from trainer.config import OptimizerConfig, TrainerConfig
+from trainer.divergence import divergence
 from trainer.objectives import Coefficients, SequenceStats, objective
 from trainer.scope import effective_sample_size, relative_weights
 from trainer.student import Student
@@ -76,11 +77,9 @@ class Learner:
         """One optimizer step on the global batch; every rank calls it with the same batch. The
         phases that it went through are added to `clock`."""
         clock = clock or Clock()
-        stats = self._stats(batch)
+        sums, stats = self.backward(batch, clock)
         coefficients = self.objective.coefficients(stats, self.config.objective)
         self.coefficients = coefficients
-        clock.lap("perplexity")
-        sums = self.backward(batch, coefficients)
         clock.lap("forward_backward")
         self.student.sum_gradients()
         norm = self.student.clip_gradients(self.config.optimizer.max_grad_norm)
@@ -99,32 +98,45 @@ class Learner:
             "actor/lr": lr,
         }
 
-    def backward(self, batch: Batch, coefficients: Coefficients) -> Tensor:
-        """Accumulates this rank's gradients of the loss; returns the sums for the metrics,
-        reduced over ranks."""
+    def backward(self, batch: Batch, clock: Clock) -> tuple[Tensor, SequenceStats]:
+        """Accumulates this rank's gradients of the loss. Returns the sums for the metrics,
+        reduced over ranks, and what the objective saw."""
         trained = batch.correct | batch.incorrect
+        together = self._together(batch)
+        stats = self._stats(batch, together)
+        coefficients = self.objective.coefficients(stats, self.config.objective)
+        clock.lap("perplexity")
         denominator = (
             batch.group_count
             if self.config.objective.aggregation == "group"
             else max(1, int(batch.lengths[trained].sum()))
         )
         sums = torch.zeros(len(_SUMS), device=self.device)
-        for micro, last in self._micro_batches(batch, trained):
+        for micro, last in self._micro_batches(batch, trained, together):
             self.student.sums_at(last=last)
-            logprobs = self.student.forward(token_logprobs, micro.pack, self._temperatures)
+            logprobs = self.student.forward(
+                token_logprobs, micro.pack, self._temperatures, micro.top_ids
+            )
+            if together.any():
+                own = self._mean_nll(batch, micro, _sampled(logprobs)[0].detach(), together)
+                stats = stats._replace(student_nll=stats.student_nll + own)
+                coefficients = self.objective.coefficients(stats, self.config.objective)
             loss, part_sums = self._loss(micro, logprobs, coefficients)
             (loss / denominator).backward()  # type: ignore[no-untyped-call]
             sums += part_sums
-        return _all_reduce(sums)
+        return _all_reduce(sums), stats
 
     def _loss(
-        self, micro: MicroBatch, logprobs: Tensor, coefficients: Coefficients
+        self, micro: MicroBatch, every_logprob: Tensor, coefficients: Coefficients
     ) -> tuple[Tensor, Tensor]:
-        """−Σ ρ_t A_t over one micro-batch, and its share of the metrics.
+        """−Σ ρ_t A_t over one micro-batch, and its share of the metrics. With a divergence over
+        the teacher's most likely tokens, that stands in the place of the teacher's part of A: it
+        is an expectation over the student's next token, and so needs no ρ.
 
         Truncating ρ caps the weight of a token, not its gradient's direction: the surrogate is
         min(ρ, cap) · A · (π / π detached), whose gradient is min(ρ, cap) · A · ∇ log π.
         """
+        logprobs = _sampled(every_logprob)
         student, sampling = logprobs[0].detach(), logprobs[-1]  # [C] at 1, at the sampling one
         on_policy_data = self.objective.sampler == "student"
         behaviour = micro.behaviour if on_policy_data else sampling.detach()  # ρ = 1
@@ -133,19 +145,27 @@ class Learner:
         reinforce = coefficients.reinforce[micro.sequence]
         distil = coefficients.distil[micro.sequence]
         log_ratio = torch.where(distil != 0, micro.teacher - student, 0.0)
-        bound = self.config.objective.log_ratio_bound
-        advantage = reinforce + distil * (log_ratio.clamp(-bound, bound) if bound else log_ratio)
         on_policy = torch.exp(sampling - sampling.detach())
-        loss = -(capped * advantage * on_policy).sum()
+        mle = -capped * reinforce * on_policy
+        kind, bound = self.config.objective.divergence, self.config.objective.log_ratio_bound
+        if kind == "sampled" or micro.top_logprobs is None:
+            gap = -log_ratio
+            pull = log_ratio.clamp(-bound, bound) if bound else log_ratio
+            opd = -capped * distil * pull * on_policy
+        else:
+            gap = divergence(every_logprob[0, :, 1:], micro.top_logprobs, kind)
+            gap = torch.where(distil != 0, gap, 0.0)
+            opd = distil * gap
+        loss = (mle + opd).sum()
         with torch.no_grad():
             sums = torch.stack(
                 [
-                    torch.tensor(float(len(ratio)), device=ratio.device),
-                    -(capped * reinforce).sum(),
-                    -(capped * (advantage - reinforce)).sum(),
+                    ratio.new_full((), float(len(ratio))),
+                    mle.sum(),
+                    opd.sum(),
                     (reinforce != 0).sum(),
                     (distil != 0).sum(),
-                    -log_ratio.sum(),
+                    gap.sum(),
                     ratio.sum(),
                     (ratio > self.config.objective.is_ratio_cap).sum(),
                     (sampling - behaviour).abs().sum(),
@@ -155,38 +175,54 @@ class Learner:
 
     # ---------------------------------------------------------------------- student perplexity
 
-    def _stats(self, batch: Batch) -> SequenceStats:
+    def _together(self, batch: Batch) -> Tensor:
+        """[N] Whose group goes through one forward as a whole, so that the forward which is
+        trained on gives the perplexities as well."""
+        if not self.objective.student_perplexity or self.student.ranks > 1:
+            return torch.zeros_like(batch.correct)
+        trained = batch.correct | batch.incorrect
+        return fits(batch, trained, self.config.micro_batch_tokens) & _several_correct(batch)
+
+    def _stats(self, batch: Batch, together: Tensor) -> SequenceStats:
         moved = [t.to(self.device) for t in (batch.group, batch.correct, batch.incorrect)]
         return SequenceStats(
             group=moved[0],
             correct=moved[1],
             incorrect=moved[2],
-            student_nll=self._student_nll(batch),
+            student_nll=self._student_nll(batch, together),
             teacher_nll=batch.teacher_nll.to(self.device),
         )
 
     @torch.no_grad()
-    def _student_nll(self, batch: Batch) -> Tensor:
-        """[N] mean NLL at temperature 1 of the correct trajectories; 0 elsewhere.
+    def _student_nll(self, batch: Batch, together: Tensor) -> Tensor:
+        """[N] mean NLL at temperature 1 of the correct trajectories that are not `together`; 0
+        elsewhere.
 
         A forward of its own: the weights of a group must be known before the first backward,
-        and a group may be spread over micro-batches and ranks.
+        and these groups are spread over micro-batches and ranks.
         """
         nll = torch.zeros(len(batch.lengths), device=self.device)
         if not self.objective.student_perplexity:
             return nll
-        for micro, _ in self._micro_batches(batch, self._perplexity_wanted(batch)):
+        wanted = self._perplexity_wanted(batch) & ~together
+        for micro, _ in self._micro_batches(batch, wanted):
             logprobs = self.student.forward(token_logprobs, micro.pack, [1.0])[0]
-            nll.index_add_(0, micro.sequence, -logprobs)
-        return _all_reduce(nll) / batch.lengths.clamp_min(1).to(self.device)
+            nll += self._mean_nll(batch, micro, logprobs, wanted)
+        return _all_reduce(nll)
+
+    def _mean_nll(
+        self, batch: Batch, micro: MicroBatch, logprobs: Tensor, member: Tensor
+    ) -> Tensor:
+        """[N] mean NLL of the correct members among the trajectories of a micro-batch."""
+        nll = logprobs.new_zeros(len(batch.lengths)).index_add(0, micro.sequence, -logprobs)
+        mean = nll / batch.lengths.clamp_min(1).to(self.device)
+        return torch.where((batch.correct & member).to(self.device), mean, 0.0)
 
     def _perplexity_wanted(self, batch: Batch) -> Tensor:
-        """[N] A group with one correct trajectory gives it weight 1 whatever its perplexity, and
-        is left out."""
+        """[N] the correct trajectories whose weights depend on their perplexity."""
         if not self.objective.student_perplexity:
             return torch.zeros_like(batch.correct)
-        correct_in_group = torch.bincount(batch.group, batch.correct.double())[batch.group]
-        return batch.correct & (correct_in_group > 1)
+        return batch.correct & _several_correct(batch)
 
     def shares(self, batch: Batch) -> list[list[int]]:
         """The trajectories that each rank works on; their sequences are all that it needs."""
@@ -194,11 +230,13 @@ class Learner:
         passes = 3.0 * trained + self._perplexity_wanted(batch)
         return shares(batch, passes, self.student.ranks, pair_cost=self._pair_cost)
 
-    def _micro_batches(self, batch: Batch, member: Tensor) -> Iterator[tuple[MicroBatch, bool]]:
+    def _micro_batches(
+        self, batch: Batch, member: Tensor, together: Tensor | None = None
+    ) -> Iterator[tuple[MicroBatch, bool]]:
         """This rank's micro-batches of the members, and whether each is the last; filled up with
         idle ones when the ranks have to go together and another has more."""
         mine = [i for i in self.shares(batch)[self._rank] if member[i]]
-        parts = micro_batches(batch, mine, self.config.micro_batch_tokens)
+        parts = micro_batches(batch, mine, self.config.micro_batch_tokens, together)
         rounds = self.student.rounds(len(parts))
         for number in range(rounds):
             part = parts[number] if number < len(parts) else []
@@ -302,6 +340,17 @@ def _spread(path: str, weight: Tensor, group: Tensor, member: Tensor) -> Metrics
         else math.nan
         for percent in (10, 50, 90)
     }
+
+
+def _sampled(logprobs: Tensor) -> Tensor:
+    """[K, C] the sampled tokens' own, where the teacher's most likely ones come behind them."""
+    return logprobs if logprobs.ndim == 2 else logprobs[..., 0]
+
+
+def _several_correct(batch: Batch) -> Tensor:
+    """[N] whose group has more correct trajectories than one: one alone weighs 1, whatever its
+    perplexity."""
+    return torch.bincount(batch.group, batch.correct.double())[batch.group] > 1
 
 
 def _all_reduce(tensor: Tensor) -> Tensor:

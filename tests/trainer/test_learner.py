@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3ForCausalLM
 
-from services.trajectory import ScoredGroup
-from tests.builders import scored_group, tiny_model
+from services.trajectory import ScoredGroup, TopTokens
+from tests.builders import VOCAB, scored_group, tiny_model
 from trainer.batch import Batch
 from trainer.config import ObjectiveConfig, OptimizerConfig, TrainerConfig
-from trainer.learner import Learner
+from trainer.learner import Clock, Learner
 
 
 def groups() -> list[ScoredGroup]:
@@ -41,7 +42,7 @@ def settings(micro_batch_tokens: int = 10_000, **objective: object) -> TrainerCo
 def gradients(config: TrainerConfig, temperature: float = 1.0) -> list[Tensor]:
     learner = Learner(tiny_model(), config, temperature=temperature)
     batch = Batch.of(groups())
-    learner.backward(batch, learner.objective.coefficients(learner._stats(batch), config.objective))
+    learner.backward(batch, Clock())
     return [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
 
 
@@ -97,6 +98,75 @@ def test_micro_batches_do_not_change_the_gradient() -> None:
     assert_close(some, whole)
 
 
+def test_perplexities_come_from_the_forward_that_is_trained_on_where_a_group_has_room() -> None:
+    """The first group has two correct ones; in a micro-batch of 40 tokens it is whole."""
+    learner = Learner(tiny_model(), settings(micro_batch_tokens=40), temperature=0.6)
+    batch = Batch.of(groups())
+    assert learner._together(batch).tolist() == [True] * 4 + [True] * 3 + [False] * 2
+    _, stats = learner.backward(batch, Clock())
+    apart = Learner(tiny_model(), settings(micro_batch_tokens=1), temperature=0.6)
+    assert not apart._together(batch).any()
+    _, expected = apart.backward(batch, Clock())
+    torch.testing.assert_close(stats.student_nll, expected.student_nll)
+    assert_close(
+        [p.grad for p in learner.model.parameters() if p.grad is not None],
+        [p.grad for p in apart.model.parameters() if p.grad is not None],
+    )
+
+
+def top_groups(k: int) -> list[ScoredGroup]:
+    """With the `k` most likely tokens of a teacher that is another random model."""
+    teacher, made = tiny_model(seed=1), []
+    for group in groups():
+        top = {}
+        for place in group.teacher_logprobs:
+            table = _table(teacher, group, place, 1.0)
+            best = table.detach().topk(k)
+            top[place] = TopTokens(best.indices.numpy().astype(np.int32), best.values.numpy())
+        made.append(dataclasses.replace(group, teacher_top=top))
+    return made
+
+
+def _table(model: PreTrainedModel, group: ScoredGroup, place: int, t: float) -> Tensor:
+    """[T, V] log-probs at temperature `t` at each token of a completion."""
+    trajectory = group.rollout.trajectories[place]
+    ids = torch.tensor([*group.prompt.token_ids.tolist(), *trajectory.token_ids.tolist()])
+    return (model(ids[None]).logits[0, len(group.prompt.token_ids) - 1 : -1] / t).log_softmax(-1)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_a_divergence_over_the_whole_vocabulary_is_the_full_one(kind: str) -> None:
+    """OPD with k the vocabulary, against KL by autograd; the sampling temperature changes
+    nothing, as there is no ρ in it."""
+    config = settings(kind="opd", divergence=kind, top_k=VOCAB)
+    learner = Learner(tiny_model(), config, temperature=0.6)
+    data = [scored_group(["correct", "incorrect"], lengths=[4, 6], score=("correct", "incorrect"))]
+    teacher, model, total = tiny_model(seed=1), tiny_model(), torch.zeros(())
+    top = {}
+    for place in (0, 1):
+        theirs, mine = (
+            _table(m, data[0], place, 1.0) for m in (teacher.requires_grad_(False), model)
+        )
+        order = theirs.argsort(descending=True)
+        top[place] = TopTokens(order.numpy().astype(np.int32), theirs.gather(1, order).numpy())
+        pair = (theirs, mine) if kind == "forward_kl" else (mine, theirs)
+        total = total + 0.5 * (pair[0].exp() * (pair[0] - pair[1])).sum()
+    total.backward()
+    learner.backward(Batch.of([dataclasses.replace(data[0], teacher_top=top)]), Clock())
+    assert_close(
+        [p.grad for p in learner.model.parameters() if p.grad is not None],
+        [p.grad for p in model.parameters() if p.grad is not None],
+    )
+
+
+def test_scope_with_a_divergence_makes_a_finite_step() -> None:
+    """Correct trajectories, which nobody scored, share micro-batches with incorrect ones."""
+    config = settings(divergence="jsd", top_k=4)
+    metrics = Learner(tiny_model(), config, temperature=0.6).step(Batch.of(top_groups(4)))
+    assert metrics["kl/student_teacher"] > 0
+    assert all(math.isfinite(v) for v in metrics.values())
+
+
 def test_aggregation_by_tokens_divides_by_the_trained_tokens() -> None:
     by_group, by_token = gradients(settings()), gradients(settings(aggregation="token"))
     tokens = sum([4, 9, 3, 12, 7, 2, 5, 6])  # the unknown one's 3 are not trained
@@ -146,10 +216,8 @@ def test_every_mixture_of_verdicts_makes_a_finite_step(outcomes: list[str]) -> N
 def test_unknown_trajectories_leave_no_trace_in_the_gradient() -> None:
     with_unknown = Batch.of([scored_group(["correct", "unknown", "incorrect"])])
     learner = Learner(tiny_model(), settings(), temperature=1.0)
-    stats = learner._stats(with_unknown)
-    made = learner.objective.coefficients(stats, ObjectiveConfig())
-    before = learner.backward(with_unknown, made)
-    assert before[0] == 10  # tokens trained: two of the three trajectories of 5
+    sums, _ = learner.backward(with_unknown, Clock())
+    assert sums[0] == 10  # tokens trained: two of the three trajectories of 5
 
 
 def test_an_empty_completion_is_on_neither_path() -> None:

@@ -14,7 +14,7 @@ from services.models import write_model
 from tests.builders import scored_group, tiny_model, tiny_tokenizer
 from trainer.batch import Batch
 from trainer.config import LoraConfig, OptimizerConfig, TrainerConfig
-from trainer.learner import Learner
+from trainer.learner import Clock, Learner
 from trainer.lora import write_adapters
 
 LORA = LoraConfig(rank=4, alpha=12)
@@ -63,8 +63,7 @@ def test_adapters_begin_as_the_model_itself() -> None:
 def test_gradients_are_pefts() -> None:
     ours = learner()
     data = batch()
-    stats = ours._stats(data)
-    ours.backward(data, ours.objective.coefficients(stats, ours.config.objective))
+    ours.backward(data, Clock())
     theirs = peft_model(ours)
     (group,) = data.groups
     total: Tensor = torch.zeros(())

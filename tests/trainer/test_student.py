@@ -21,7 +21,7 @@ from tests.builders import scored_group, tiny_model
 from trainer.batch import Batch
 from trainer.checkpoint import Progress, Saver, latest
 from trainer.config import LoraConfig, OptimizerConfig, TrainerConfig
-from trainer.learner import Learner
+from trainer.learner import Clock, Learner
 from trainer.storage import Storage
 
 
@@ -96,8 +96,7 @@ def outcome(learner: Learner) -> dict[str, Any]:
     """Gradients of one backward, then what two steps lead to. A rank holds no sequences but
     those that it works on."""
     batch = own_part(learner, groups())
-    stats = learner._stats(batch)
-    learner.backward(batch, learner.objective.coefficients(stats, learner.config.objective))
+    learner.backward(batch, Clock())
     learner.student.sum_gradients()
     gradients = {n: whole(p.grad).clone() for n, p in learner.student.trained.items()}
     learner._optimizer.zero_grad()
@@ -135,9 +134,8 @@ def _rank(rank: int, ranks: int, directory: str) -> None:
 def messages(learner: Learner) -> dict[str, int]:
     """What one backward over several micro-batches sends, by kind."""
     batch = Batch.of(groups())
-    coefficients = learner.objective.coefficients(learner._stats(batch), learner.config.objective)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        learner.backward(batch, coefficients)
+        learner.backward(batch, Clock())
     return {event.key: event.count for event in profiled.key_averages() if "c10d::" in event.key}
 
 
