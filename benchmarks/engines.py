@@ -41,9 +41,9 @@ from services.weights import Weights
 from teacher.config import TeacherConfig
 from teacher.scorer import build_scorer
 
-PROMPTS, PROMPT_TOKENS, N, NEW_TOKENS = 16, 64, 8, 64
-SEQUENCES, SEQUENCE_TOKENS = 48, 256
-ROUNDS = 6
+PROMPTS, PROMPT_TOKENS, N, NEW_TOKENS = 8, 64, 8, 64
+SEQUENCES, SEQUENCE_TOKENS = 24, 256
+ROUNDS = 4
 ARGS = {"kv_cache_memory_bytes": 1 << 30}
 
 

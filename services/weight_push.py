@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 Backend: TypeAlias = Literal["nccl", "ipc"]
 
-_POLL_S = 10.0
+_POLL_S = 2.0  # how long the store holds a request for asks; how soon a close is noticed
+_PAUSE_S = 1.0
 _CALL_TIMEOUT_S = 600.0  # a whole model's broadcast, and the groups that are finished before it
 
 
@@ -53,21 +54,27 @@ class Pusher:
         self._open_end = open_end
         self._weights: Weights
         self._ends: dict[str, Any] = {}  # member -> vLLM's sending engine
-        threading.Thread(target=self._serve, name="weight-push", daemon=True).start()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="weight-push", daemon=True)
+        self._thread.start()
 
     def offer(self, weights: Weights) -> Weights:
         """Makes `weights` what is sent from now on; gives what is to be published of them."""
         self._weights = weights
         return weights.announcement()
 
+    def close(self) -> None:
+        """Answers nobody any more."""
+        self._closed.set()
+        self._thread.join()
+
     def _serve(self) -> None:
-        while True:
+        while not self._closed.is_set():
             try:
                 ask = ray.get(self._store.next_ask.remote(_POLL_S))
-            except RayActorError:  # the store is being restarted, or the run is over
-                if threading.main_thread().is_alive():
-                    continue
-                return
+            except RayActorError:  # it is being restarted
+                self._closed.wait(_PAUSE_S)
+                continue
             if ask is not None:
                 threading.Thread(target=self._send, args=(ask,), daemon=True).start()
 

@@ -32,6 +32,16 @@ def store(ray_cluster: None) -> Iterator[Any]:
 
 
 @pytest.fixture
+def pusher(store: Any) -> Iterator[Any]:
+    from services.weight_push import Pusher, end_of
+
+    made = Pusher(store, CPU, end_of("nccl"))
+    yield made
+    ray.kill(store)  # which also ends a send that nobody answers
+    made.close()
+
+
+@pytest.fixture
 def broadcasts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """What vLLM's NCCL engine would have broadcast, and to whom it would have connected."""
     from vllm.distributed.weight_transfer import nccl_engine
@@ -54,13 +64,12 @@ async def received(feed: StoreFeed, world_size: int) -> list[Call]:
         return [call async for call in announced.sender.calls(world_size)]
 
 
-async def test_nccl_sends_the_newest_version_to_each_engine(store: Any, broadcasts: Any) -> None:
+async def test_nccl_sends_the_newest_version_to_each_engine(
+    store: Any, pusher: Any, broadcasts: Any
+) -> None:
     from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
 
-    from services.weight_push import Pusher, end_of
-
-    pusher = Pusher(store, CPU, end_of("nccl"))
     await store.publish.remote(1, pusher.offer(version(1)))
     feed = StoreFeed(store)
     calls = await received(feed, world_size=2)
@@ -91,10 +100,9 @@ async def test_nccl_sends_the_newest_version_to_each_engine(store: Any, broadcas
     assert broadcasts[3].world_size == 2
 
 
-async def test_an_engine_that_went_away_holds_up_no_other(store: Any, broadcasts: Any) -> None:
-    from services.weight_push import Pusher, end_of
-
-    pusher = Pusher(store, CPU, end_of("nccl"))
+async def test_an_engine_that_went_away_holds_up_no_other(
+    store: Any, pusher: Any, broadcasts: Any
+) -> None:
     await store.publish.remote(1, pusher.offer(version(1)))
     gone = await StoreFeed(store).next(20)
     assert gone is not None and gone.sender is not None
