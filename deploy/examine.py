@@ -32,7 +32,7 @@ from rollout.prompts import DataError, PromptSource, load_rows
 from rollout.worker import RolloutWorker
 from services.models import ModelError, fingerprint, load_tokenizer
 from services.redis_server import EmbeddedRedis, resolve_url
-from services.stage import EVAL, Connection
+from services.stage import EVAL, TRAIN, Connection
 from verifier.worker import VerifierWorker
 
 _WATCH_S = 0.5
@@ -45,6 +45,7 @@ class Examination:
     config: RunConfig
     model: str
     source: PromptSource
+    count: int  # only the first so many of its prompts
     out: Path
     finished: tuple[Tally, ...]
 
@@ -57,7 +58,11 @@ class Examination:
         left = self._left()
         if left:
             async with AsyncExitStack() as stack:
-                connection = self._start(stack, console)
+                connection = self._start(stack)
+                for lane in (EVAL, TRAIN):  # the verifier serves both
+                    streams = connection.streams(lane)
+                    await streams.create()
+                    await streams.redis.aclose()
                 crew = Crew(connection.run, console.print)
                 stack.push_async_callback(crew.stop)
                 self._start_workers(crew, connection)
@@ -68,9 +73,9 @@ class Examination:
 
     def _left(self) -> list[int]:
         known = {tally.id for tally in self.finished}
-        return [o for o in range(len(self.source)) if self.source.prompt(o).id not in known]
+        return [o for o in range(self.count) if self.source.prompt(o).id not in known]
 
-    def _start(self, stack: AsyncExitStack, console: RichConsole) -> Connection:
+    def _start(self, stack: AsyncExitStack) -> Connection:
         url = resolve_url(self.config.redis)
         if url is None:
             server = EmbeddedRedis(Path(stack.enter_context(TemporaryDirectory(prefix="scope-"))))
@@ -108,7 +113,7 @@ class Examination:
             Progress(*columns, console=console) as progress,
             (self.out / "tallies.jsonl").open("a", buffering=1) as file,
         ):
-            bar = progress.add_task("prompts", total=len(self.source))
+            bar = progress.add_task("prompts", total=self.count)
             progress.advance(bar, len(self.finished))
 
             def done(tally: Tally) -> None:
@@ -147,10 +152,13 @@ def prepare(
         source = PromptSource(
             load_rows(data, load_tokenizer(model)), sampling, seed=config.seed + 1, data=data
         )
+        count = len(source)
+        if held and held.prompts and not benchmarks:
+            count = min(count, held.prompts)
         settings = {
             "model": fingerprint(model).model if local else model,
             "data": [str(file) for file in data.files],
-            "prompts": len(source),
+            "prompts": count,
             "sampling": sampling.model_dump(),
             "seed": config.seed,
         }
@@ -160,7 +168,7 @@ def prepare(
     kinds = {name: BENCHMARKS[name].kind for name in benchmarks} | config.verifier.kinds
     verifier = config.verifier.model_validate(config.verifier.model_dump() | {"kinds": kinds})
     config = config.model_copy(update={"verifier": verifier})
-    return Examination(config, model, source, out, tuple(_tallies(out)))
+    return Examination(config, model, source, count, out, tuple(_tallies(out)))
 
 
 def _own_data(held: EvaluationConfig | None) -> DataConfig:

@@ -96,7 +96,7 @@ def _figure(
 ) -> bytes | None:
     ink, paper = ("#d8dee6", "#161b22") if dark else ("#24292f", "#ffffff")
     grey = "#30363d" if dark else "#d8dee4"
-    settings = {
+    settings: Any = {
         "text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink,
         "axes.edgecolor": grey, "grid.color": grey, "figure.facecolor": paper,
         "axes.facecolor": paper, "legend.facecolor": paper, "legend.edgecolor": grey,
