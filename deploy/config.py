@@ -86,6 +86,14 @@ class RunConfig(Config):
                 "a run on an existing cluster needs redis.url: the private server can be "
                 "reached from this machine only"
             )
+        transfer = self.rollout.engine.weight_transfer
+        if transfer in ("nccl", "ipc") and not (
+            self.trainer.resources.gpus and self.rollout.resources.gpus
+        ):
+            raise ValueError(
+                f"rollout.engine.weight_transfer {transfer!r} goes from GPU to GPU: "
+                "trainer.resources.gpus and rollout.resources.gpus must be more than 0"
+            )
         for room, engine, resources in (
             ("rollout", self.rollout.engine, self.rollout.resources),
             ("teacher", self.teacher.engine, self.teacher.resources),

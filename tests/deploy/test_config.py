@@ -60,6 +60,7 @@ def test_the_papers_configurations_are_the_papers(name: str) -> None:
         ("trainer.objective.kind=ppo", "trainer.objective.kind: must be one of scope, "),
         ("no-equals-sign", "an override is section.key=value, not 'no-equals-sign'"),
         ("ray.address=auto", "needs redis.url"),
+        ("rollout.engine.weight_transfer=nccl", "weight_transfer 'nccl' goes from GPU to GPU"),
         ("name=../x", "name: String should match pattern"),
     ],
 )
