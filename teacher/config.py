@@ -8,7 +8,15 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from services.config import Config, EngineConfig, Resources
+from services.config import Config, EngineConfig, RedisConfig, Resources
+
+
+class CacheConfig(RedisConfig):
+    """A Redis that remembers scores, shared by whoever is given its URL."""
+
+    url: str
+    max_bytes: int = Field(default=1 << 30, ge=1)
+    """Of all scores in it; those that were used longest ago go first."""
 
 
 class Autoscale(Config):
@@ -87,6 +95,8 @@ class TeacherConfig(Config):
     """Tokens of the sequences that one replica holds; the same past it."""
     key_tokens_per_s: float | None = Field(default=None, gt=0)
     """What each API key may have read by one replica on average; past it 429. None: no limit."""
+    cache: CacheConfig | None = None
+    """Remembers scores by model and token ids, so that replays and ablations pay once."""
     workers: int = Field(default=1, ge=1)
     """Stage workers that carry groups from the verified to the scored stream."""
     capacity: int = Field(default=16, ge=1)
@@ -103,7 +113,7 @@ class TeacherConfig(Config):
     def _consistent(self) -> TeacherConfig:
         if self.autoscale and self.replicas != 1:
             raise ValueError("replicas is fixed by autoscale: leave it out")
-        own = ("replicas", "autoscale", "host", "engine", "resources", "key_tokens_per_s")
+        own = ("replicas", "autoscale", "host", "engine", "resources", "key_tokens_per_s", "cache")
         fields = type(self).model_fields
         changed = [name for name in own if getattr(self, name) != fields[name].get_default()]
         if self.endpoints and changed:

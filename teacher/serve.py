@@ -23,11 +23,15 @@ from ray.exceptions import ActorAlreadyExistsError
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
+from services.redis_server import resolve_url
 from teacher.admission import Admission, RateLimit
+from teacher.api import ModelCard
 from teacher.app import Teacher, build_app
 from teacher.auth import KeyRing, require_keys
+from teacher.cache import CachedScorer, connect
 from teacher.config import TeacherConfig
-from teacher.scorer import build_scorer, model_card
+from teacher.metrics import Metrics
+from teacher.scorer import Scorer, build_scorer, model_card
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +54,8 @@ class TeacherReplica:
     def __init__(self, config: TeacherConfig, keys: KeyRing) -> None:
         self._config, self._keys = config, keys
         card = model_card(config)  # first: it fails at once where loading takes minutes
-        self._teacher = Teacher(card, build_scorer(config))
+        self._metrics = Metrics()
+        self._teacher = Teacher(card, self._remembering(build_scorer(config), card))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         config = self._config
@@ -63,6 +68,22 @@ class TeacherReplica:
                 max_requests=config.max_ongoing_requests, max_tokens=config.max_held_tokens
             ),
             rate_limit=RateLimit(config.key_tokens_per_s) if config.key_tokens_per_s else None,
+            metrics=self._metrics,
+        )
+
+    def _remembering(self, scorer: Scorer, card: ModelCard) -> Scorer:
+        """`scorer`, behind the cache if there is one."""
+        settings = self._config.cache
+        if settings is None:
+            return scorer
+        redis = connect(resolve_url(settings) or settings.url)
+
+        def count(found: int, missed: int) -> None:
+            self._metrics.cached.labels(card.id, "hit").inc(found)
+            self._metrics.cached.labels(card.id, "miss").inc(missed)
+
+        return CachedScorer(
+            scorer, redis, card.fingerprint, max_bytes=settings.max_bytes, count=count
         )
 
     async def check_health(self) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from services.models import load_model
 from teacher.auth import InsecureAddress
 from teacher.client import Target, TeacherClient
 from teacher.config import TeacherConfig
-from teacher.serve import TeacherFailed, deploy_teacher
-from tests.teacher.conftest import Reference
+from teacher.serve import TeacherFailed, deploy_teacher, stop_teacher
+from tests.teacher.conftest import CONTEXT, Reference
 
 
 def _config(model: Path | str, **fields: object) -> TeacherConfig:
@@ -97,3 +99,56 @@ def test_a_second_port_in_one_cluster_is_refused(model_dir: Path) -> None:
     deploy_teacher(_config(model_dir), [], name="first")
     with pytest.raises(TeacherFailed, match="already listens on"):
         deploy_teacher(_config(model_dir, port=1), [], name="second")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+async def test_at_ten_times_its_capacity_it_says_so_recovers_and_drains(model_dir: Path) -> None:
+    """Four requests are held at once and forty keep asking; then one goes away, one is cut off by
+    its caller, and the last is finished although the teacher is told to stop."""
+    url = deploy_teacher(_config(model_dir, max_ongoing_requests=4), [], name="busy")
+    work = {"sequences": [{"prompt": [1], "completion": [2] * (CONTEXT - 1)}] * 16}
+    long = {"sequences": work["sequences"] * 64}
+    answers: list[tuple[int, float, str]] = []
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+
+        async def keep_asking(until: float) -> None:
+            while time.monotonic() < until:
+                started = time.monotonic()
+                response = await client.post("/v1/score", json=work)
+                taken = time.monotonic() - started
+                answers.append(
+                    (response.status_code, taken, response.headers.get("retry-after", ""))
+                )
+
+        started = time.monotonic()
+        assert (await client.post("/v1/score", json=work)).status_code == 200
+        alone = time.monotonic() - started
+        end = time.monotonic() + 4
+        await asyncio.gather(*(keep_asking(end) for _ in range(40)))
+        assert {status for status, _, _ in answers} == {200, 503}
+        assert all(int(retry) >= 1 for status, _, retry in answers if status == 503)
+        assert max(taken for status, taken, _ in answers if status == 200) < 5 + 20 * alone
+        started = time.monotonic()
+        assert (await client.post("/v1/score", json=work)).status_code == 200  # at once again
+        assert time.monotonic() - started < 2 + 5 * alone
+
+        cut_off = asyncio.create_task(client.post("/v1/score", json=long))
+        await _metric(client, "scope_teacher_held_requests 1.0")
+        cut_off.cancel()
+        await _metric(client, "scope_teacher_cancelled_requests_total 1.0")
+        await _metric(client, "scope_teacher_held_requests 0.0")
+
+        last = asyncio.create_task(client.post("/v1/score", json=long))
+        await _metric(client, "scope_teacher_held_requests 1.0")
+        await asyncio.to_thread(stop_teacher, "busy")
+        assert last.done()
+        assert (await last).status_code == 200
+
+
+async def _metric(client: httpx.AsyncClient, line: str) -> None:
+    """Waits until the teacher says so of itself."""
+    async with asyncio.timeout(20):
+        while line not in (await client.get("/metrics")).text:
+            await asyncio.sleep(0.05)
