@@ -166,6 +166,17 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_recomputed_activations_give_the_same_step_on_one_rank() -> None:
+    recomputed: dict[str, Any] = {"gradient_checkpointing": True}
+    got, expected = (
+        outcome(Learner(model(), config(**settings), temperature=0.6))
+        for settings in (recomputed, {})
+    )
+    for kind in ("gradients", "weights"):
+        for name, tensor in expected[kind].items():
+            _close(got[kind][name], tensor, False, f"{kind} {name}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks_make_the_same_step_as_one(two_ranks: Path, way: str) -> None:
