@@ -287,12 +287,12 @@ class LocalSender:
     async def calls(self, world_size: int) -> AsyncIterator[Call]:
         assert world_size == 1
         yield Call("init_weight_transfer_engine", {})
+        if self._fails:
+            raise TransferFailed("the learner died")
         from rollout import vllm_transfer  # vLLM, without which this file must still load
 
         with vllm_transfer.shared(self._weights) as update:
             yield Call("start_weight_update", None)
-            if self._fails:
-                raise TransferFailed("the learner died")
             yield Call("update_weights", update)
             yield Call("finish_weight_update", self._weights.announcement())
 
@@ -391,12 +391,12 @@ async def test_arguments_that_cannot_work_are_refused(
     check_engine(config(), str(directory))
 
 
-async def test_an_engine_whose_process_is_killed_says_so(started: Any) -> None:
+async def test_an_engine_whose_process_is_killed_says_so(engine: Any) -> None:
     """The last test: nothing can be sampled after it. The worker ends, and its prompts are
     taken over by another."""
-    calls = [asyncio.create_task(started.sample(p, Sampling(4, 100))) for p in PROMPTS]
+    calls = [asyncio.create_task(engine.sample(p, Sampling(4, 100))) for p in PROMPTS]
     async with asyncio.timeout(20):
-        while not started._llm.get_num_unfinished_requests():
+        while not engine._llm.get_num_unfinished_requests():
             await asyncio.sleep(0.001)
     (core,) = [p for p in psutil.Process().children() if "EngineCore" in "".join(p.cmdline())]
     core.kill()
@@ -404,4 +404,4 @@ async def test_an_engine_whose_process_is_killed_says_so(started: Any) -> None:
         results = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(result) for result in results} == {EngineDied}
     with pytest.raises(EngineDied):
-        await started.load_weights(published(vllm_model(0), 9))
+        await engine.load_weights(published(vllm_model(0), 9))
