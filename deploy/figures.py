@@ -63,7 +63,7 @@ PANELS = (
         {"ppl/student": "student, of correct", "ppl/teacher": "teacher, of incorrect"},
     ),
     Panel("kl", "Sampled reverse KL to the teacher", "nats a token", {"kl/student_teacher": ""}),
-    Panel("entropy", "Entropy of the student", "nats a token", {"actor/entropy": ""}),
+    Panel("entropy", "Entropy of the policy that sampled", "nats a token", {"actor/entropy": ""}),
     Panel("length", "Length of completions", "tokens", {"response_length/mean": ""}),
     Panel("staleness", "Age of the weights that sampled", "steps", {"staleness/mean": ""}),
     Panel("throughput", "Throughput", "trained tokens a second",

@@ -47,7 +47,9 @@ def check(config: RunConfig) -> Preflight:
     train = _source(config.data, config.sampling, tokenizer, config.seed)
     heldout = None
     if (held := config.evaluation) is not None:
-        heldout = _source(held.data, held.sampling, tokenizer, config.seed + 1)
+        # The same prompts in every run, whatever its seed: their differences are paired.
+        data = held.data.model_copy(update={"shuffle": False})
+        heldout = _source(data, held.sampling, tokenizer, config.seed + 1)
     total = len(train)
     if config.trainer.max_steps is not None:
         total = min(total, config.trainer.max_steps * config.trainer.groups_per_step)

@@ -315,7 +315,7 @@ def _loss_metrics(sums: Tensor) -> Metrics:
 
 def _path_metrics(stats: SequenceStats, coefficients: Coefficients) -> Metrics:
     known = stats.student_nll[stats.correct & (stats.student_nll != 0)]
-    scored = stats.teacher_nll[stats.incorrect]
+    scored = stats.teacher_nll[stats.incorrect & (stats.teacher_nll != 0)]
     ess = effective_sample_size
     return {
         "scope/student_path_fraction": float(stats.correct.float().mean()),

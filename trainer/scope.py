@@ -56,7 +56,7 @@ def relative_weights(weight: Tensor, group: Tensor, member: Tensor) -> Tensor:
     """[members] each member's weight over the mean of its group's: 1 where all weigh the same."""
     groups = int(group.max()) + 1 if group.numel() else 0
     zeros = weight.new_zeros(groups)
-    total = zeros.index_add(0, group, weight)
+    total = zeros.index_add(0, group, torch.where(member, weight, 0.0))
     count = zeros.index_add(0, group, member.to(weight.dtype))
     return (weight * count[group] / total[group])[member]
 

@@ -42,7 +42,7 @@ def test_a_sample_says_what_was_written_and_how_it_was_trained() -> None:
 
 
 def test_weights_relative_to_their_group() -> None:
-    weight = torch.tensor([0.25, 0.75, 0.0, 1.0])
+    weight = torch.tensor([0.25, 0.75, 9.0, 1.0])
     group = torch.tensor([0, 0, 0, 1])
     member = torch.tensor([True, True, False, True])
     assert relative_weights(weight, group, member).tolist() == pytest.approx([0.5, 1.5, 1.0])
