@@ -1,0 +1,72 @@
+"""The rows of `benchmarks.learner`: printed as one table, written as one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure. `ratio` is above 1 where ours is better, whatever the unit; None where one
+    side could not be measured, and `note` says why."""
+
+    name: str
+    ours: float | None
+    peer: float | None
+    unit: str
+    machine: str
+    lower_is_better: bool = False
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        if not self.ours or not self.peer:
+            return None
+        return self.peer / self.ours if self.lower_is_better else self.ours / self.peer
+
+    def json(self) -> str:
+        fields = asdict(self)
+        fields["ratio"] = None if self.ratio is None else round(self.ratio, 3)
+        return json.dumps(fields)
+
+
+def machine() -> str:
+    """What the figures were taken on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def show(rows: Sequence[Row]) -> str:
+    """One line a row."""
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'':{width}}  {'ours':>10}  {'peer':>10}  ratio  unit"]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        lines.append(
+            f"{row.name:{width}}  {_number(row.ours):>10}  {_number(row.peer):>10}  {ratio:>5}  "
+            f"{row.unit}{f'  ({row.note})' if row.note else ''}"
+        )
+    return "\n".join(lines)
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    path.write_text("".join(row.json() + "\n" for row in rows))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
