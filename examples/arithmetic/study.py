@@ -49,7 +49,7 @@ from verifier import exact
 STUDENT, TEACHER = HERE / "study-student", HERE / "study-teacher"
 RESULTS = HERE / "results"
 
-STEPS, PROMPTS, ROLLOUTS = 40, 16, 8  # of a run; prompts of a step; samples of a prompt
+STEPS, PROMPTS, ROLLOUTS = 25, 16, 8  # of a run; prompts of a step; samples of a prompt
 SAMPLES = 32  # of each held-out prompt in an evaluation
 ROWS_AT_ONCE = 512  # trajectories in one batch of the sampler
 LOG_RATIO_BOUND = 2.0  # as in the demo: docs/demo-task.md has the reason
@@ -63,6 +63,7 @@ class Experiment:
     name: str
     seeds: int
     settings: dict[str, Any] = field(default_factory=dict)
+    steps: int = STEPS
 
     @property
     def objective(self) -> ObjectiveConfig:
@@ -79,6 +80,8 @@ ABLATIONS = [
     Experiment("teacher path reversed", 3, {"teacher_path_ppl_positive": True}),
     *[Experiment(f"tau {tau:g}", 3, {"tau": tau}) for tau in (0.25, 0.5, 2.0, 4.0)],
 ]
+
+LONGER = [Experiment(f"{n}, 100 steps", 3, {"kind": n}, steps=100) for n in ("scope", "opd", "rft")]
 
 
 class Bench:
@@ -186,7 +189,7 @@ def train(bench: Bench, experiment: Experiment, seed: int) -> dict[str, Any]:
     outcomes = {"incorrect": ("incorrect",), "all": ("correct", "incorrect"), "none": ()}
     source = bench.prompts(bench.train_rows, ROLLOUTS, seed=seed, shuffle=True)
     accuracy, scored_tokens = [], 0
-    for step in range(STEPS):
+    for step in range(experiment.steps):
         copy_weights(bench.student, learner.weights())
         sampler = bench.student if need.sampler == "student" else bench.teacher_sampler
         prompts = [source.prompt(step * PROMPTS + i) for i in range(PROMPTS)]
@@ -269,9 +272,9 @@ def read_runs(path: Path = RESULTS / "runs.jsonl") -> list[dict[str, Any]]:
 
 
 def todo(done: Sequence[dict[str, Any]]) -> Iterator[tuple[Experiment, int]]:
-    """What is left: the methods, then the ablations, a seed of each before the next seed."""
+    """What is left, part by part, in each a seed of all before the next seed of any."""
     finished = {(run["experiment"], run["seed"]) for run in done}
-    for part in (METHODS, ABLATIONS):
+    for part in (METHODS, ABLATIONS, LONGER):
         for seed in range(max(e.seeds for e in part)):
             for experiment in part:
                 if seed < experiment.seeds and (experiment.name, seed) not in finished:
