@@ -39,6 +39,7 @@ DEPLOYMENT = "teacher"
 _POLL_S = 0.2
 _HEALTH_TIMEOUT_S = 5.0
 _DRAIN_POLL_S = 0.2
+_TURNED_AWAY = 1024  # requests that a replica may be refusing at once
 
 
 class TeacherFailed(RuntimeError):
@@ -151,8 +152,8 @@ def _bind(config: TeacherConfig, ring: KeyRing) -> serve.Application:
         name=DEPLOYMENT,
         **_size(config),
         # More than a replica holds, so that the refusal is its own: Serve's names no time.
-        max_ongoing_requests=2 * config.max_ongoing_requests,
-        max_queued_requests=2 * config.max_ongoing_requests,
+        max_ongoing_requests=config.max_ongoing_requests + _TURNED_AWAY,
+        max_queued_requests=_TURNED_AWAY,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=config.drain_s,
         graceful_shutdown_wait_loop_s=_DRAIN_POLL_S,

@@ -88,7 +88,7 @@ def test_a_teacher_that_cannot_start_says_what_its_replica_said() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_teacher_that_finds_no_room_is_given_up_at_the_deadline(model_dir: Path) -> None:
-    config = _config(model_dir, resources={"cpus": 64}, start_timeout_s=3.0)
+    config = _config(model_dir, resources={"cpus": 64}, start_timeout_s=3.0, drain_s=1.0)
     with pytest.raises(TeacherFailed, match="not healthy within 3 s; it last said"):
         deploy_teacher(config, [], name="huge")
 
