@@ -67,8 +67,8 @@ class Experiment:
 
     @property
     def objective(self) -> ObjectiveConfig:
-        kind = {"kind": self.name} if not self.settings else {}
-        return ObjectiveConfig(log_ratio_bound=LOG_RATIO_BOUND, **kind, **self.settings)
+        settings = self.settings or {"kind": self.name}
+        return ObjectiveConfig(**({"log_ratio_bound": LOG_RATIO_BOUND} | settings))
 
 
 METHODS = [Experiment(name, 5) for name in ("scope", "opd", "grpo", "rft", "kdrl", "kd")]
@@ -81,6 +81,10 @@ ABLATIONS = [
     *[Experiment(f"tau {tau:g}", 3, {"tau": tau}) for tau in (0.25, 0.5, 2.0, 4.0)],
 ]
 
+UNBOUNDED = [
+    Experiment(f"{name}, no bound", 3, {"kind": name, "log_ratio_bound": None})
+    for name in ("scope", "opd")
+]
 LONGER = [Experiment(f"{n}, 100 steps", 3, {"kind": n}, steps=100) for n in ("scope", "opd", "rft")]
 
 
@@ -274,7 +278,7 @@ def read_runs(path: Path = RESULTS / "runs.jsonl") -> list[dict[str, Any]]:
 def todo(done: Sequence[dict[str, Any]]) -> Iterator[tuple[Experiment, int]]:
     """What is left, part by part, in each a seed of all before the next seed of any."""
     finished = {(run["experiment"], run["seed"]) for run in done}
-    for part in (METHODS, ABLATIONS, LONGER):
+    for part in (METHODS, ABLATIONS, UNBOUNDED, LONGER):
         for seed in range(max(e.seeds for e in part)):
             for experiment in part:
                 if seed < experiment.seeds and (experiment.name, seed) not in finished:

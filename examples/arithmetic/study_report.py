@@ -173,7 +173,9 @@ def plot_recovery(records: Sequence[Any]) -> None:
 
 
 def plot_differences(runs: Runs) -> None:
-    names = [e.name for e in (*METHODS, *ABLATIONS) if e.name in runs and e.name != "scope"]
+    names = [
+        e.name for e in (*METHODS, *ABLATIONS, *UNBOUNDED) if e.name in runs and e.name != "scope"
+    ]
     figure, both = plt.subplots(
         1, 2, figsize=(8, 0.32 * len(names) + 1), dpi=110, sharey=True, layout="constrained"
     )
@@ -207,7 +209,7 @@ def main() -> None:
     plot_recovery(wrong)
     plot_differences(runs)
     print(table(runs, [e.name for e in METHODS]), end="\n\n")
-    print(table(runs, ["scope", *(e.name for e in ABLATIONS)]), end="\n\n")
+    print(table(runs, ["scope", *(e.name for e in (*ABLATIONS, *UNBOUNDED))]), end="\n\n")
     print(by_k(runs, [e.name for e in (*METHODS, *LONGER)]), end="\n\n")
     for ratio in RATIOS:
         print(ratio, "  ".join(map(str, recovered(wrong, ratio))))
