@@ -26,6 +26,7 @@ from examples.arithmetic.study import (
     RATIOS,
     RESULTS,
     SAMPLES,
+    UNBOUNDED,
     read_runs,
 )
 
