@@ -38,7 +38,7 @@ def short_run(runs: Path) -> list[str]:
         "run", "deploy/runs/demo.yaml", f"runs_dir={runs}", f"trainer.max_steps={STEPS}",
         f"trainer.groups_per_step={GROUPS}", "trainer.checkpoint.every_steps=2",
         "trainer.max_staleness=0", "rollout.batch_sequences=1", "teacher.batch_tokens=1",
-        "evaluation.prompts=16", "ray.dashboard=false",
+        "evaluation.prompts=16", "evaluation.every_steps=2", "ray.dashboard=false",
     ]  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services.metrics import read
+from deploy.evaluate import Result
+from services.metrics import read, read_samples
 from tests.deploy.conftest import GROUPS, ROOT, STEPS, scope
 
 METRICS = {
@@ -23,6 +24,9 @@ METRICS = {
     "scope/teacher_weight_ess",
     "loss/mle",
     "loss/opd",
+    "scope/student_weight_p50",
+    "scope/teacher_weight_p90",
+    "actor/entropy",
     "kl/student_teacher",
     "ppl/student",
     "ppl/teacher",
@@ -92,6 +96,23 @@ def test_the_run_directory_holds_everything(run_dir: Path) -> None:
     assert names >= {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export", "logs"}
     assert (run_dir / "checkpoints" / f"step-{STEPS:06d}" / "state.json").exists()
     assert "password" not in (run_dir / "config.yaml").read_text().replace("password_file", "")
+
+
+def test_it_was_evaluated_while_it_trained(run_dir: Path) -> None:
+    meanwhile = [Result.of_json(json.loads(f.read_text())) for f in run_dir.glob("*-step-*.json")]
+    assert meanwhile
+    for result in meanwhile:
+        assert 2 <= result.version <= STEPS
+        assert len(result.tallies) == 16
+        assert all(tally.weight_version >= result.version for tally in result.tallies)
+
+
+def test_it_shows_some_trajectories(run_dir: Path) -> None:
+    shown = read_samples(run_dir)
+    assert {sample["step"] for sample in shown} == {1, 2, 4}
+    for trajectory in (t for sample in shown for t in sample["trajectories"]):
+        scored = trajectory["outcome"] == "incorrect"
+        assert (trajectory["log_ratio"] is not None) == scored == (trajectory["distil"] > 0)
 
 
 def test_it_shows_progress_and_closes_with_held_out_accuracy(run_dir: Path) -> None:

@@ -52,6 +52,16 @@ async def until_fed(streams: Streams, count: int) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_any_weights_will_do_where_the_sampler_never_changes(
+    connection: Connection, streams: Streams
+) -> None:
+    fixed = Feeder(
+        connection, SOURCE, total=9, groups_per_step=3, max_staleness=5, fixed_sampler=True
+    )
+    await fixed.run()
+    assert [prompt.min_weight_version for prompt in await take(streams)] == [0] * 9
+
+
 async def test_all_prompts_are_fed_in_order_within_the_budget(
     connection: Connection, streams: Streams
 ) -> None:
