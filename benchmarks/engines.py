@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -69,30 +68,23 @@ def published(model: Qwen3ForCausalLM, version: int) -> Weights:
 
 
 async def race(work: dict[str, Callable[[], Awaitable[int]]]) -> dict[str, Any]:
-    """Median tokens/s of each contestant over the rounds, and its median CPU seconds, in all
-    processes, for a thousand tokens: the figure that other work on the machine disturbs least.
-    Each round goes through them in another order, as a machine's speed drifts."""
-    names = list(work)
-    rates: dict[str, list[float]] = {name: [] for name in names}
-    costs: dict[str, list[float]] = {name: [] for name in names}
+    """Median tokens/s of each contestant over the rounds, and its median CPU seconds, in this
+    process alone, for a thousand tokens: other work on the machine disturbs them least. (vLLM's
+    own processes spin while they wait, so theirs say nothing.) Every other round goes through the
+    contestants backwards, as a machine's speed drifts."""
+    rates: dict[str, list[float]] = {name: [] for name in work}
+    costs: dict[str, list[float]] = {name: [] for name in work}
     for number in range(ROUNDS + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            started, spent = time.perf_counter(), cpu_s()
+        for name in list(work)[:: -1 if number % 2 else 1]:
+            started, spent = time.perf_counter(), time.process_time()
             tokens = await work[name]()
             if number:  # the first warms up
                 rates[name].append(tokens / (time.perf_counter() - started))
-                costs[name].append(1000 * (cpu_s() - spent) / tokens)
+                costs[name].append(1000 * (time.process_time() - spent) / tokens)
     return {
         "tokens_per_s": {name: statistics.median(values) for name, values in rates.items()},
-        "cpu_s_per_1000_tokens": {n: statistics.median(values) for n, values in costs.items()},
+        "own_cpu_s_per_1000_tokens": {n: statistics.median(values) for n, values in costs.items()},
     }
-
-
-def cpu_s() -> float:
-    """CPU seconds so far of this process and of those that it started."""
-    own = psutil.Process()
-    times = [process.cpu_times() for process in [own, *own.children(recursive=True)]]
-    return sum(t.user + t.system for t in times)
 
 
 async def generated(llm: Any, ids: list[int], **params: Any) -> Any:
@@ -207,6 +199,7 @@ def machine() -> dict[str, Any]:
         "cpu": ", ".join(sorted(names)),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[1],  # other work on the machine, ours among it
         "python": platform.python_version(),
     }
 
@@ -214,13 +207,13 @@ def machine() -> dict[str, Any]:
 def table(result: dict[str, Any]) -> Table:
     """The figures of one run, for a person."""
     made = Table(
-        "engine", "tokens/s", "CPU s per 1,000 tokens", "s from new weights to first token"
+        "engine", "tokens/s", "own CPU s per 1,000 tokens", "s from new weights to first token"
     )
     first = result["rollout"]["weights_to_first_token_s"]
     for role in ("rollout", "scoring"):
         for name, rate in result[role]["tokens_per_s"].items():
             seconds = f"{first[name]:.3f}" if role == "rollout" and name in first else ""
-            cost = result[role]["cpu_s_per_1000_tokens"][name]
+            cost = result[role]["own_cpu_s_per_1000_tokens"][name]
             made.add_row(f"{role}: {name}", f"{rate:,.0f}", f"{cost:.3f}", seconds)
     return made
 
