@@ -17,6 +17,7 @@ from rollout.prompts import DataError, PromptSource, load_rows
 from services.engines import EngineError, vllm_can_check
 from services.models import Fingerprint, ModelError, differences, fingerprint, load_tokenizer
 from teacher.scorer import check_scorer
+from trainer.objectives import ObjectiveError, objective
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ def check(config: RunConfig) -> Preflight:
         student, teacher = fingerprint(config.student), fingerprint(config.teacher.model)
         tokenizer = load_tokenizer(config.student)
     except ModelError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        objective(config.trainer.objective)
+    except ObjectiveError as error:
         raise ConfigError(str(error)) from None
     problems, warnings = _models(config, student, teacher)
     problems += _engines(config)
