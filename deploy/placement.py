@@ -27,6 +27,7 @@ from ray.util.placement_group import (
 
 from deploy.config import RunConfig
 from services.config import Resources
+from trainer.objectives import objective
 
 _FIRST_WORD_S = 3.0
 _REPEAT_S = 30.0
@@ -54,12 +55,16 @@ class Role:
 
 def roles(config: RunConfig) -> list[Role]:
     """What a run reserves, the hardest to place first."""
-    return [
+    found = [
         Role("learner rank", config.trainer.ranks, bundle(config.trainer.resources), "PACK"),
         Role("teacher replica", config.teacher.replicas, bundle(config.teacher.resources)),
         Role("rollout worker", config.rollout.workers, bundle(config.rollout.resources)),
         Role("verifier worker", config.verifier.workers, bundle(config.verifier.resources)),
     ]
+    if config.evaluation is not None and objective(config.trainer.objective).sampler == "teacher":
+        # The others sample from the teacher.
+        found.append(Role("evaluation worker", 1, bundle(config.rollout.resources)))
+    return found
 
 
 def bundle(resources: Resources) -> Bundle:

@@ -28,6 +28,13 @@ def test_the_learner_is_placed_first_and_packed() -> None:
     assert str(found[0]) == "2 × learner rank with 4 CPU and 1 GPU"
 
 
+def test_kd_reserves_a_worker_that_samples_from_the_student_for_evaluations() -> None:
+    demo = ROOT / "deploy/runs/demo.yaml"
+    assert "evaluation worker" not in {role.name for role in roles(load(demo))}
+    kd = roles(load(demo, ["trainer.objective.kind=kd"]))
+    assert (kd[-1].name, kd[-1].count) == ("evaluation worker", 1)
+
+
 def test_a_bundle_has_ray_s_names_and_no_zeros() -> None:
     assert bundle(Resources(cpus=0, gpus=0.25, custom={"spot": 1})) == {"GPU": 0.25, "spot": 1}
 
