@@ -28,7 +28,7 @@ from benchmarks.frozen import Lengths, make_groups, make_model, make_tokenizer
 from benchmarks.rows import Row, machine, show, write
 from services.trajectory import ScoredGroup
 
-ROUNDS = 1
+ROUNDS = 2
 LR = 1e-6
 SKEWED = Lengths()
 EQUAL = Lengths(median=96, sigma=0.0, prompt=(24, 25))

@@ -143,6 +143,7 @@ class _Leader:
         self._reader = GroupReader(
             config.connection,
             need=learner.objective.teacher,
+            top=config.trainer.objective.teacher_top,
             groups_per_step=config.trainer.groups_per_step,
             total=config.total_groups,
             timeout_s=config.trainer.stall_timeout_s,

@@ -36,6 +36,7 @@ class GroupReader:
     Args:
         connection: the run.
         need: which trajectories must have a teacher's score.
+        top: how many of the teacher's most likely tokens must come with each.
         groups_per_step: groups of a full step; only the last step of a run has fewer.
         total: prompts that the run feeds in all.
         timeout_s: how long one step is waited for.
@@ -49,11 +50,12 @@ class GroupReader:
         groups_per_step: int,
         total: int,
         timeout_s: float,
+        top: int = 0,
     ) -> None:
         self.streams = connection.streams()
         self.covered: set[int] = set()  # orders of the prompts that the model has learned from
         self.unsettled: list[str] = []  # entries trained since the last durable checkpoint
-        self._need = need
+        self._need, self._top = need, top
         self._groups_per_step = groups_per_step
         self._total = total
         self._timeout_s = timeout_s
@@ -131,7 +133,7 @@ class GroupReader:
         for item in claims:
             try:
                 group = decode(ScoredGroup, item.payload)
-                check(group, self._need)
+                check(group, self._need, self._top)
             except (WireError, BadGroup) as error:
                 await self.streams.bury(item, f"trainer: {error}")
             else:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.trajectory import ScoredGroup
+from services.trajectory import ScoredGroup, TopTokens
 from tests.builders import scored_group
-from trainer.batch import BadGroup, Batch, MicroBatch, check, micro_batches, shares
+from trainer.batch import BadGroup, Batch, MicroBatch, check, fits, micro_batches, shares
 
 lengths = st.lists(st.integers(0, 50), min_size=1, max_size=12)
 
@@ -114,6 +115,33 @@ def test_a_missing_score_is_refused_only_where_it_is_needed() -> None:
     with pytest.raises(BadGroup, match="trajectory 0 is correct"):
         check(group, "all")
     check(scored_group(["correct", "incorrect", "unknown"]), "incorrect")
+
+
+def test_the_most_likely_tokens_are_missed_where_a_divergence_needs_them() -> None:
+    group = scored_group(["correct", "incorrect"], lengths=[2, 3])
+    with pytest.raises(BadGroup, match="top 4 of trajectory 1: none"):
+        check(group, "incorrect", top=4)
+    for k, message in ((2, r"top 4 of trajectory 1: \(3, 2\)"), (4, "not finite")):
+        tokens = TopTokens(np.zeros((3, k), np.int32), np.full((3, k), -np.inf, np.float32))
+        with pytest.raises(BadGroup, match=message):
+            check(dataclasses.replace(group, teacher_top={1: tokens}), "incorrect", top=4)
+
+
+@given(st.lists(st.integers(1, 40), min_size=6, max_size=6), st.integers(20, 300))
+def test_groups_that_have_room_stay_whole(sizes: list[int], budget: int) -> None:
+    groups = [
+        scored_group(["correct"] * 3, order=i, lengths=sizes[3 * i : 3 * i + 3]) for i in (0, 1)
+    ]
+    batch = Batch.of(groups)
+    together = fits(batch, batch.correct, budget)
+    parts = micro_batches(batch, range(6), budget, together)
+    assert sorted(i for part in parts for i in part) == list(range(6))
+    for group in ({0, 1, 2}, {3, 4, 5}):
+        assert bool(together[min(group)]) == (int(batch.tokens[list(group)].sum()) <= budget)
+        if together[min(group)]:
+            assert any(group <= set(part) for part in parts)
+    for part in parts:
+        assert len(part) == 1 or int(batch.tokens[part].sum()) <= budget
 
 
 def test_a_score_of_the_wrong_length_is_refused() -> None:
