@@ -21,7 +21,7 @@ from teacher.auth import KeyRing
 from teacher.config import TeacherConfig
 from teacher.scorer import build_scorer, model_card
 from tests.teacher.conftest import CONTEXT, VOCABULARY, Reference
-from tests.teacher.fakes import FakeScorer, fake_app, fake_scores, listening, until
+from tests.teacher.fakes import FAKE_CARD, FakeScorer, fake_app, fake_scores, listening, until
 
 KEY = "test-key"
 
@@ -344,6 +344,28 @@ async def test_ready_and_metrics_tell_how_it_goes(scorer: FakeScorer) -> None:
         scorer.error = RuntimeError()
         response = await client.get("/ready")
         assert (response.status_code, _error(response)["type"]) == (503, "not_ready")
+
+
+async def test_the_model_of_a_request_chooses_among_several() -> None:
+    first, second = FakeScorer(), FakeScorer()
+    other = FAKE_CARD.model_copy(update={"id": "other-teacher", "fingerprint": "beef"})
+    app = build_app(
+        [Teacher(FAKE_CARD, first), Teacher(other, second)],
+        KeyRing([]),
+        max_body_bytes=10_000,
+        admission=Admission(max_requests=10, max_tokens=100),
+    )
+    body = {"sequences": [{"prompt": [1], "completion": [2]}]}
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://teacher") as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in listed] == ["fake-teacher", "other-teacher"]
+        assert (await client.post("/v1/score", json=body)).json()["fingerprint"] == "f00d"
+        named = {**body, "model": "other-teacher"}
+        assert (await client.post("/v1/score", json=named)).json()["fingerprint"] == "beef"
+        missing = await client.post("/v1/score", json={**body, "model": "third"})
+        assert missing.status_code == 404
+    assert (len(first.calls), len(second.calls)) == (1, 1)
 
 
 # ------------------------------------------------------------------- generated requests
