@@ -7,11 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deploy.config import ConfigError, dump, load, load_teacher
+
+if TYPE_CHECKING:
+    from deploy.remote import Remote
 
 app = typer.Typer(
     help="SCOPE: on-policy distillation of reasoning models as a distributed service.",
@@ -31,22 +34,49 @@ def _monitoring() -> None:
 
 ConfigPath = Annotated[Path, typer.Argument(help="A run's YAML config.")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory, such as runs/demo.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SCOPE_ADDRESS",
+        help="A Ray cluster. http(s)://HOST:8265: the command runs there, paths are the cluster's.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides: section.key=value …", show_default=False)
 ]
 
 
 @app.command()
-def run(config: ConfigPath, overrides: Overrides = None) -> None:
+def run(config: ConfigPath, overrides: Overrides = None, address: Address = None) -> None:
     """Train: prompts in, a better student out."""
+    if address is not None:
+        driver = "auto" if _is_remote(address) else address
+        overrides = [*(overrides or ()), f"ray.address={driver}"]
     settings = load(config, overrides or ())
-    _execute(settings, directory=None)
+    if address is not None and _is_remote(address):
+        _remote(address).run(settings, _ask_to_stop)
+    else:
+        _execute(settings, directory=None)
 
 
 @app.command()
-def resume(run_dir: RunDir) -> None:
+def resume(run_dir: RunDir, address: Address = None) -> None:
     """Continue an interrupted run from its last checkpoint."""
+    if address is not None:
+        _remote(address).resume(str(run_dir), _ask_to_stop)
+        return
     _execute(load(run_dir / "config.yaml"), directory=run_dir)
+
+
+@app.command()
+def follow(
+    job: Annotated[str, typer.Argument(help="The job's id, as `scope run` said it.")],
+    address: Address = None,
+) -> None:
+    """Print what a run on a cluster prints, from its start on."""
+    if address is None:
+        raise ConfigError("which cluster? give --address http://HOST:8265")
+    _remote(address).follow(job, _ask_to_stop)
 
 
 @app.command()
@@ -112,8 +142,12 @@ def teacher(config: ConfigPath, overrides: Overrides = None) -> None:
 def status(
     run_dir: RunDir,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    address: Address = None,
 ) -> None:
     """Where every prompt of a run is: fed = trained + dead + in flight."""
+    if address is not None:
+        _remote(address).call(["status", str(run_dir), *(["--json"] if as_json else [])])
+        return
     from deploy.status import read_status, render
 
     found = asyncio.run(read_status(run_dir))
@@ -139,8 +173,12 @@ def dead(
 def scale(
     run_dir: RunDir,
     wishes: Annotated[list[str], typer.Argument(help="ROLE=COUNT …, such as rollout=8.")],
+    address: Address = None,
 ) -> None:
     """More or fewer rollout, verifier or teacher workers, while a run goes on."""
+    if address is not None:
+        _remote(address).call(["scale", str(run_dir), *wishes])
+        return
     from deploy.scale import parse
     from deploy.scale import scale as leave
 
@@ -182,6 +220,26 @@ def verify(
     from deploy.verify import verify_file
 
     verify_file(file, load(config).verifier if config else None, kind)
+
+
+def _is_remote(address: str) -> bool:
+    return address.startswith(("http://", "https://"))
+
+
+def _remote(address: str) -> Remote:
+    if not _is_remote(address):
+        raise ConfigError(f"--address is that of the dashboard, http://HOST:8265, not {address!r}")
+    from deploy.remote import Remote
+
+    return Remote(address)
+
+
+def _ask_to_stop() -> bool:
+    """On Ctrl-C: the run is on another machine, and may be meant to go on."""
+    try:
+        return typer.confirm("\nstop the run on the cluster, too?", default=False)
+    except typer.Abort:  # a second Ctrl-C, or nobody to ask
+        return False
 
 
 def _execute(settings: Any, *, directory: Path | None) -> None:

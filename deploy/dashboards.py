@@ -104,7 +104,8 @@ def _prometheus(address: str, interval_s: int) -> dict[str, Any]:
         "refresh_interval": f"{interval_s}s",
     }
     if token := _token_file():
-        discovery["authorization"] = {"credentials_file": str(token)}
+        # The type although it is the default: for discovery, Prometheus 2.42 forgets it.
+        discovery["authorization"] = {"type": "Bearer", "credentials_file": str(token)}
     return {
         "global": {
             "scrape_interval": f"{interval_s}s",

@@ -1,0 +1,108 @@
+"""`--address`: commands for a run on a cluster, from anywhere that reaches its dashboard.
+
+Each is a Ray job there: the command runs where the run, its Redis and its directory are, and what
+it prints comes back. Ray's token goes along: RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH
+names, with RAY_AUTH_MODE=token.
+
+Paths are those of the cluster, relative to $SCOPE_HOME there: deploy/clusters and deploy/kubernetes
+set it to where they put this repository.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from deploy.config import RunConfig, dump
+
+_STOP_S = 60  # for a run to stop in order, before Ray kills it
+_IN_HOME = 'given="$PWD" && cd "${SCOPE_HOME:-$PWD}" && exec scope'
+
+
+class RemoteError(RuntimeError):
+    """The cluster cannot be reached, refuses us, or the command failed there."""
+
+
+class Remote:
+    """The cluster whose dashboard is at `address` (http:// or https://).
+
+    Raises:
+        RemoteError: it cannot be reached, or it asks for another token.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        try:
+            self._client = JobSubmissionClient(address)
+        except AuthenticationError as error:
+            said = str(error).partition("\n")[0]
+            raise RemoteError(f"the cluster at {address} refuses us: {said}") from None
+        except (ConnectionError, RuntimeError) as error:  # nobody there, or not Ray
+            raise RemoteError(f"no Ray cluster answers at {address}: {error}") from None
+
+    def call(self, arguments: Sequence[str]) -> None:
+        """Runs a short `scope` command there and prints what it prints.
+
+        Raises:
+            RemoteError: it failed; what it said was printed.
+        """
+        job = self._client.submit_job(entrypoint=f"{_IN_HOME} {shlex.join(arguments)}")
+        self._follow(job)
+
+    def run(self, config: RunConfig, stop: Callable[[], bool]) -> None:
+        """Starts a run there and follows it to its end.
+
+        Args:
+            config: with the paths of the cluster.
+            stop: asked on Ctrl-C, whether the run shall stop. Else it goes on without us.
+
+        Raises:
+            RemoteError: the run failed.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / "config.yaml").write_text(dump(config))
+            job = self._client.submit_job(
+                entrypoint=f'{_IN_HOME} run "$given/config.yaml"',
+                runtime_env={
+                    "working_dir": directory,
+                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)},
+                },
+                metadata={"scope_run": config.name},
+            )
+        self.follow(job, stop)
+
+    def resume(self, run_dir: str, stop: Callable[[], bool]) -> None:
+        """Continues a run there and follows it to its end; see `run`."""
+        job = self._client.submit_job(
+            entrypoint=f"{_IN_HOME} resume {shlex.quote(run_dir)}",
+            runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}},
+        )
+        self.follow(job, stop)
+
+    def follow(self, job: str, stop: Callable[[], bool]) -> None:
+        """Prints what a job prints, until it ends or the user leaves it."""
+        try:
+            self._follow(job)
+        except KeyboardInterrupt:
+            if stop():
+                self._client.stop_job(job)
+                self._follow(job)
+            else:
+                print(f"it goes on; see it again with: scope follow {job} --address {self.address}")
+
+    def _follow(self, job: str) -> None:
+        asyncio.run(self._print_logs(job))
+        status = self._client.get_job_status(job)
+        if status not in (JobStatus.SUCCEEDED, JobStatus.STOPPED):
+            message = self._client.get_job_info(job).message or ""
+            raise RemoteError(f"job {job} at {self.address} {status.lower()}: {message[-300:]}")
+
+    async def _print_logs(self, job: str) -> None:
+        async for lines in self._client.tail_job_logs(job):
+            print(lines, end="", flush=True)

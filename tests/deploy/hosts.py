@@ -1,0 +1,225 @@
+"""A run on several hosts: `python -m tests.deploy.hosts`, as root, with sshd and rsync installed.
+
+    laptop ── bridge ──┬── head     learner, driver, Redis
+     ray up,           ├── first    rollout              ◀── cut off in the middle of the run
+     scope run         └── second   rollout, teacher
+
+Each host is a network namespace with an address, processes, mounts, a home and an sshd of its own.
+The real `ray up` brings the cluster up from the real deploy/clusters/onprem.yaml, of which only the
+addresses and the key are ours; `scope run --address` submits the demo; one host is cut off for
+good; and the run must finish with an exact ledger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from services.redis_server import find_binary
+
+ROOT = Path(__file__).parents[2]
+VENV = Path(sys.executable).parent.parent
+STEPS, GROUPS, CUT_AT = 24, 16, 3
+LAPTOP = "scope-laptop"
+TOKEN = "0123456789abcdef0123456789abcdef"
+
+# Runs in the host's network namespace; $1 is its directory. Nothing that it mounts is seen outside.
+_BOOT = """
+set -eu
+mount --make-rprivate /
+mkdir -p /etc/scope /run/sshd
+mount --bind "$1/passwd" /etc/passwd
+mount --bind "$1/etc" /etc/scope
+mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /dev/shm
+exec /usr/sbin/sshd -D -e -f /dev/null -h "$1/hostkey" -o StrictModes=no -o UsePAM=no \
+    -o PidFile=none -o AuthorizedKeysFile="$1/authorized_keys" -o PermitUserEnvironment=no
+"""
+
+
+@dataclass(frozen=True)
+class Host:
+    name: str
+    address: str
+    resources: dict[str, int]
+
+    @property
+    def namespace(self) -> str:
+        return f"scope-{self.name}"
+
+
+HOSTS = (
+    Host("head", "10.213.0.10", {"learner": 1}),
+    Host("first", "10.213.0.11", {"rollout": 1}),
+    Host("second", "10.213.0.12", {"rollout": 1, "teacher": 1}),
+)
+HEAD = f"http://{HOSTS[0].address}:8265"
+
+
+def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, **options
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command} failed: {done.stdout[-3000:]} {done.stderr[-3000:]}")
+    return done
+
+
+@contextlib.contextmanager
+def network() -> Iterator[None]:
+    """The laptop's namespace with a bridge in it, and each host's plugged in."""
+    with contextlib.ExitStack() as stack:
+
+        def namespace(name: str) -> None:
+            run("ip", "netns", "add", name)
+            stack.callback(run, "ip", "netns", "del", name)
+            run("ip", "-n", name, "link", "set", "lo", "up")
+
+        namespace(LAPTOP)
+        run("ip", "-n", LAPTOP, "link", "add", "bridge", "type", "bridge")
+        run("ip", "-n", LAPTOP, "addr", "add", "10.213.0.1/24", "dev", "bridge")
+        run("ip", "-n", LAPTOP, "link", "set", "bridge", "up")
+        for host in HOSTS:
+            namespace(host.namespace)
+            run(
+                "ip", "-n", LAPTOP, "link", "add", host.name, "type", "veth",
+                "peer", "name", "eth0", "netns", host.namespace,
+            )  # fmt: skip
+            run("ip", "-n", LAPTOP, "link", "set", host.name, "master", "bridge", "up")
+            run("ip", "-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
+            run("ip", "-n", host.namespace, "link", "set", "eth0", "up")
+            run("ip", "-n", host.namespace, "route", "add", "default", "via", "10.213.0.1")
+        yield
+
+
+@contextlib.contextmanager
+def booted(host: Host, directory: Path) -> Iterator[None]:
+    """A host with its sshd; at the end every process of it is killed."""
+    home = directory / host.name
+    (home / "scope/.venv").mkdir(parents=True)  # as set-up leaves it
+    for part in VENV.iterdir():
+        if part.name not in ("bin", "installed"):
+            (home / "scope/.venv" / part.name).symlink_to(part)
+    (home / "scope/.venv/bin").mkdir()
+    redis = [Path(find_binary()), Path(find_binary()).with_name("redis-cli")]
+    programs = {program.name: program for program in [*(VENV / "bin").iterdir(), *redis]}
+    for name, program in programs.items():
+        (home / "scope/.venv/bin" / name).symlink_to(program)
+    (home / "scope/.venv/installed").touch()
+    (home / "etc").mkdir()
+    (home / "etc/resources").write_text(json.dumps(host.resources))
+    (home / "passwd").write_text(
+        f"root:*:0:0:root:{home}:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n"
+    )
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", home / "hostkey")
+    shutil.copy(directory / "key.pub", home / "authorized_keys")
+    sshd = subprocess.Popen(
+        ["ip", "netns", "exec", host.namespace, "unshare", "--mount", "--pid", "--fork",
+         "--kill-child", "--mount-proc", "bash", "-c", _BOOT, "boot", str(home)],
+        stderr=(home / "sshd.log").open("w"),
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        sshd.kill()  # `--kill-child`: with it the first process of its namespace, and so all
+        sshd.wait()
+
+
+def laptop(directory: Path, *command: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """A command as the user at the laptop gives it."""
+    environment = os.environ | {
+        "HOME": str(directory / "laptop"),
+        "PATH": f"{VENV}/bin:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_TMPDIR": str(directory / "laptop"),
+        "OMP_NUM_THREADS": "1",
+    }
+    arguments = ["ip", "netns", "exec", LAPTOP, *map(str, command)]
+    return subprocess.Popen(arguments, env=environment, cwd=ROOT, text=True, **options)
+
+
+def status(directory: Path, name: str) -> dict[str, Any]:
+    asked = laptop(
+        directory, "scope", "status", directory / "runs" / name, "--json", "--address", HEAD,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    said, _ = asked.communicate(timeout=120)
+    found: dict[str, Any] = json.loads(said[said.index("{") : said.rindex("}") + 1])
+    return found
+
+
+def prepare(directory: Path) -> Path:
+    """The laptop's home, and the cluster's file with our addresses and key."""
+    (directory / "laptop/.ray").mkdir(parents=True)
+    (directory / "laptop/.ray/auth_token").write_text(TOKEN)
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / "key")
+    cluster = yaml.safe_load((ROOT / "deploy/clusters/onprem.yaml").read_text())
+    addresses = [host.address for host in HOSTS]
+    cluster["provider"] |= {"head_ip": addresses[0], "worker_ips": addresses[1:]}
+    cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(directory / "key")}
+    file = directory / "onprem.yaml"
+    file.write_text(yaml.safe_dump(cluster))
+    return file
+
+
+def follow(directory: Path, cluster: Path) -> None:
+    """The whole story; prints what happens and raises when something is not as it must be."""
+    started = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - started:5.0f} s  {what}", flush=True)
+
+    up = laptop(directory, "ray", "up", "-y", "--no-config-cache", cluster)
+    assert up.wait(timeout=300) == 0, "ray up failed"
+    say("ray up is done")
+    submitted = laptop(
+        directory, "scope", "run", "deploy/runs/demo.yaml", "--address", HEAD,
+        f"runs_dir={directory}/runs", f"redis.url=redis://{HOSTS[0].address}:6380",
+        f"trainer.max_steps={STEPS}", f"trainer.groups_per_step={GROUPS}", "evaluation=null",
+        "ray.num_cpus=null", "ray.wait_for_nodes_s=240", "rollout.workers=2",
+        "trainer.resources.custom={learner: 0.01}", "rollout.resources.custom={rollout: 0.01}",
+        "teacher.resources.custom={teacher: 0.01}", "teacher.host=0.0.0.0",
+        "stage.lease_s=5", "trainer.checkpoint.every_steps=8",
+    )  # fmt: skip
+    ledger = directory / "runs/demo/ledger.json"
+    while not ledger.exists() or json.loads(ledger.read_text())["step"] < CUT_AT:
+        assert submitted.poll() is None, "the run ended too early"
+        time.sleep(0.5)
+    say(f"step {CUT_AT}: cutting {HOSTS[1].name} off")
+    run("ip", "-n", LAPTOP, "link", "set", HOSTS[1].name, "down")
+    assert submitted.wait(timeout=400) == 0, "the run failed"
+    say("the run is done")
+    found = status(directory, "demo")
+    print(json.dumps({k: v for k, v in found.items() if k != "workers"}))
+    assert found["step"] == STEPS
+    assert found["fed"] == found["trained"] == STEPS * GROUPS
+    assert (found["dead"], found["in_flight"]) == (0, 0)
+    assert (directory / "runs/demo/export/config.json").exists()
+    say("the ledger is exact, and the student was exported")
+
+
+def main() -> None:
+    directory = Path(tempfile.mkdtemp(prefix="scope-hosts-", dir="/var/tmp"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        cluster = prepare(directory)
+        stack.enter_context(network())
+        for host in HOSTS:
+            stack.enter_context(booted(host, directory))
+        follow(directory, cluster)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Commands for a run on a cluster that asks for a token, as real Ray jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deploy.config import dump, load
+from tests.deploy.conftest import ROOT, SCOPE
+
+pytestmark = pytest.mark.slow
+
+LONG = f"sleep 600.{os.getpid()}"  # a process that nobody else has
+LEDGER = {
+    "fed": 48, "trained": 32, "dead": 1, "in_flight": 15, "step": 3, "consumed": 32, "as_of": 0.0,
+    "streams": {"scored": {"depth": 15, "age_s": 1.0}},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    environment: dict[str, str]
+
+    def scope(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [SCOPE, *arguments, "--address", self.address],
+            capture_output=True, text=True, timeout=60, cwd="/",
+            env=self.environment | environment,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A cluster of one node, whose home holds the directory of a run that was stopped."""
+    home = tmp_path_factory.mktemp("home")
+    run_dir = home / "runs/demo"
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(dump(load(ROOT / "deploy/runs/demo.yaml")))
+    (run_dir / "ledger.json").write_text(json.dumps(LEDGER))
+    port, dashboard, client = _free_ports(3)
+    temporary = tempfile.mkdtemp(prefix="ray-")  # sockets' paths are short
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
+        "SCOPE_HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    server = subprocess.Popen(
+        [
+            "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=1",
+            f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+            f"--temp-dir={temporary}", "--object-store-memory=100000000",
+        ],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    made = Head(f"http://127.0.0.1:{dashboard}", environment)
+    while "job" not in made.scope("follow", "nothing").stderr.lower():
+        assert server.poll() is None
+        time.sleep(0.5)
+    yield made
+    server.terminate()
+    server.wait()
+    shutil.rmtree(temporary)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def test_status_comes_from_where_the_run_is(head: Head) -> None:
+    done = head.scope("status", "runs/demo")
+    assert done.returncode == 0, done.stderr
+    assert "step 3  fed 48 = trained 32 + dead 1 + in flight 15" in done.stdout
+
+
+def test_a_wrong_token_and_a_failed_command_are_sentences(head: Head) -> None:
+    refused = head.scope("status", "runs/demo", RAY_AUTH_TOKEN="f" * 32)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith(f"scope: the cluster at {head.address} refuses us")
+    assert refused.stderr.count("\n") == 1
+    failed = head.scope("status", "runs/none")
+    assert failed.returncode == 1
+    assert "cannot read runs/none/config.yaml" in failed.stdout
+
+
+def test_ctrl_c_asks_before_it_stops_what_is_remote(head: Head) -> None:
+    job = subprocess.run(
+        ["ray", "job", "submit", f"--address={head.address}", "--no-wait", "--submission-id=long",
+         "--", "sh", "-c", f"echo started; {LONG}"],
+        env=head.environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr
+    assert "it goes on; see it again with: scope follow long" in _interrupted(head, "n\n")
+    assert _runs()
+    assert "it goes on" not in _interrupted(head, "y\n")
+    assert not _runs()
+
+
+def _runs() -> bool:
+    return subprocess.run(["pgrep", "-f", f"^{LONG}"], capture_output=True).returncode == 0
+
+
+def _interrupted(head: Head, answer: str) -> str:
+    """What `scope follow` says when it is interrupted after the job's first line."""
+    follower = subprocess.Popen(
+        [SCOPE, "follow", "long", "--address", head.address],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=head.environment,
+    )  # fmt: skip
+    assert follower.stdout is not None
+    while "started" not in follower.stdout.readline():
+        assert follower.poll() is None
+    follower.send_signal(signal.SIGINT)
+    said, _ = follower.communicate(answer, timeout=60)
+    return said
