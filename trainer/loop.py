@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import logging
@@ -31,14 +30,14 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from services.models import load_model, load_tokenizer, write_model
 from services.stage import Connection, totals
-from services.trajectory import ScoredGroup, decode
+from services.trajectory import ScoredGroup
 from services.weights import Weights
 from trainer.batch import Batch
 from trainer.checkpoint import Checkpoint, CheckpointFailed, Progress, Saver, latest, ranges
 from trainer.config import CheckpointConfig, TrainerConfig
 from trainer.learner import Clock, Learner, Metrics
 from trainer.lora import write_adapters
-from trainer.reader import GroupReader
+from trainer.reader import Background, GroupReader
 from trainer.samples import due, samples
 from trainer.storage import Storage
 from trainer.student import is_sharded
@@ -150,14 +149,16 @@ class _Leader:
         )
 
     def lead(self, progress: Progress | None) -> None:
-        with asyncio.Runner() as runner:
-            runner.run(self._reader.start(progress))
-            self._publish()
-            while self._one_step(runner):
-                pass
-            self._settle(runner, self._saves.take())
-            self._settle(runner, self._saves.last(self._progress(), self._model_writer()))
-            runner.run(self._reader.streams.redis.aclose())
+        with Background() as runner:
+            try:
+                runner.run(self._reader.start(progress))
+                self._publish()
+                while self._one_step(runner):
+                    pass
+                self._settle(runner, self._saves.take())
+                self._settle(runner, self._saves.last(self._progress(), self._model_writer()))
+            finally:
+                runner.run(self._reader.close())
         self._publisher.wait()
         self._model_writer()(self._config.export)
         adapters, settings = self._learner.student.adapters(), self._config.trainer.lora
@@ -165,7 +166,7 @@ class _Leader:
             path = self._config.export / "adapter"
             write_adapters(path, adapters, settings, base=self._config.student)
 
-    def _one_step(self, runner: asyncio.Runner) -> bool:
+    def _one_step(self, runner: Background) -> bool:
         """One turn of the loop in the module's docstring; False when nothing is left."""
         taken = runner.run(self._reader.next_step(self._publisher.look_after_store))
         self._clock.lap("wait_groups")
@@ -173,14 +174,15 @@ class _Leader:
             _scattered([None] * self._learner.student.ranks)
             return False
         version = self._learner.step_number
-        batch = Batch.of([decode(ScoredGroup, item.payload) for item in taken])
+        batch = Batch.of([item.group for item in taken])
         _scattered([batch.part(mine) for mine in self._learner.shares(batch)])
         self._clock.lap("scatter")
         metrics = self._learner.step(batch, self._clock)
         metrics |= self._watch.see(metrics["sampling/logp_difference"])
         self._publish()
         orders = [group.prompt.order for group in batch.groups]
-        runner.run(self._reader.trained(self._learner.step_number, taken, orders))
+        claims = [item.claim for item in taken]
+        runner.run(self._reader.trained(self._learner.step_number, claims, orders))
         shown = self._samples(batch)
         runner.run(self._record(metrics | _group_metrics(batch.groups, version), shown))
         self._clock.lap("record")
@@ -209,7 +211,7 @@ class _Leader:
             covered=ranges(self._reader.covered),
         )
 
-    def _settle(self, runner: asyncio.Runner, durable: Progress | None) -> None:
+    def _settle(self, runner: Background, durable: Progress | None) -> None:
         """Acknowledges what a durable checkpoint contains."""
         if durable is not None:
             runner.run(self._reader.settle(durable.entries))

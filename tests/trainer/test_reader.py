@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
 from services.stage import Connection
 from services.streams import Claim, Streams, claim
-from services.trajectory import ScoredGroup, decode, encode
+from services.trajectory import ScoredGroup, encode
 from tests.builders import scored_group
 from trainer.checkpoint import Progress, ranges
-from trainer.reader import GroupReader, HistoryGap, Stalled
+from trainer.reader import Background, GroupReader, HistoryGap, Stalled, Taken
 
 
 async def put(streams: Streams, *groups: ScoredGroup | bytes) -> None:
@@ -28,8 +30,12 @@ def reader(connection: Connection, *, total: int, timeout_s: float = 10.0) -> Gr
     )
 
 
-def orders(step: list[Claim]) -> list[int]:
-    return [decode(ScoredGroup, item.payload).prompt.order for item in step]
+def orders(step: list[Taken]) -> list[int]:
+    return [item.group.prompt.order for item in step]
+
+
+def claims(step: list[Taken]) -> list[Claim]:
+    return [item.claim for item in step]
 
 
 def group(order: int) -> ScoredGroup:
@@ -45,13 +51,29 @@ async def test_full_steps_then_a_short_one_then_the_end(
     sizes = []
     while step := await source.next_step():
         sizes.append(len(step))
-        await source.trained(len(sizes), step, orders(step))
+        await source.trained(len(sizes), claims(step), orders(step))
     assert sizes == [2, 1]
     ledger = await streams.ledger()
     assert (ledger.consumed, ledger.trained, ledger.step) == (3, 0, 2)
     await source.settle(list(source.unsettled))
     assert (await streams.ledger()).trained == 3
     assert (await streams.ledger()).exact
+
+
+def test_the_next_step_is_read_while_the_learner_computes(connection: Connection) -> None:
+    """Nobody waits for anything between the two steps, and the groups come in all the same."""
+    with Background() as background:
+        source = reader(connection, total=4)
+        background.run(source.start(None))
+        background.run(put(source.streams, *[group(i) for i in range(4)]))
+        first = background.run(source.next_step())
+        deadline = time.monotonic() + 20
+        while len(source._ready) < 2 and time.monotonic() < deadline:  # "computing"
+            pass
+        assert [item.group.prompt.order for item in source._ready] == [2, 3]
+        background.run(source.trained(1, claims(first), orders(first)))
+        assert orders(background.run(source.next_step())) == [2, 3]
+        background.run(source.close())
 
 
 async def test_what_no_checkpoint_contains_is_replayed(
@@ -61,10 +83,11 @@ async def test_what_no_checkpoint_contains_is_replayed(
     before = reader(connection, total=4)
     await before.start(None)
     first = await before.next_step()
-    await before.trained(1, first, orders(first))
+    await before.trained(1, claims(first), orders(first))
     saved = Progress(1, list(before.unsettled), ranges(before.covered))  # durable, then kill -9
     second = await before.next_step()
-    await before.trained(2, second, orders(second))
+    await before.trained(2, claims(second), orders(second))
+    await before.close()
 
     after = reader(connection, total=4)
     await after.start(saved)
@@ -81,7 +104,7 @@ async def test_a_checkpoint_that_redis_is_ahead_of_is_refused(
     before = reader(connection, total=2)
     await before.start(None)
     step = await before.next_step()
-    await before.trained(1, step, orders(step))
+    await before.trained(1, claims(step), orders(step))
     await before.settle(list(before.unsettled))
     with pytest.raises(HistoryGap, match=r"Redis has 2 trained prompts, .* continued 0"):
         await reader(connection, total=2).start(None)
