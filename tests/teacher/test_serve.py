@@ -108,7 +108,7 @@ async def test_at_ten_times_its_capacity_it_says_so_recovers_and_drains(model_di
     its caller, and the last is finished although the teacher is told to stop."""
     url = deploy_teacher(_config(model_dir, max_ongoing_requests=4), [], name="busy")
     work = {"sequences": [{"prompt": [1], "completion": [2] * (CONTEXT - 1)}] * 16}
-    long = {"sequences": work["sequences"] * 16}
+    long = {"sequences": work["sequences"] * 64}
     answers: list[tuple[int, float, str]] = []
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
