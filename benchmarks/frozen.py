@@ -94,12 +94,13 @@ def _logprobs(
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One word a token, `0` to `4095`: what the models' vocabulary looks like as text."""
-    words = {str(i): i for i in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, "0"))
+    """One word a token, `2` to `4095`. The special ones have names of their own: a special token
+    is found inside of words as well."""
+    words = {"<pad>": PAD, "<eos>": EOS} | {str(i): i for i in range(2, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=str(PAD), eos_token=str(EOS), unk_token="0"
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     return fast
