@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -50,6 +50,7 @@ from services.weights import Sender, TransferFailed, Weights
 SECTION = "rollout.engine"  # of a run's config, for messages
 _OWN_TRANSFERS = {"nccl": "nccl", "ipc": "ipc"}  # vLLM's
 _FIRST = -1  # priority: lower is sooner, and samples have 0
+_LOOK_S = 1.0  # how often a process is looked after whose answer is awaited
 _EXTENSION = f"{vllm_transfer.__name__}.{vllm_transfer.WorkerExtension.__name__}"
 
 
@@ -129,7 +130,7 @@ class VLLMEngine:
         async with self._turnstile.closed(drained=self._in_flight == "wait") as opening:
             check_manifest(weights, self._shapes)
             with _told_when_dead():
-                weights = await self._transfer(weights)
+                weights = await self._while_alive(self._transfer(weights))
                 logprobs = await vllm_core.sequence_logprobs(
                     self._llm, weights.probe_ids, priority=_FIRST
                 )
@@ -139,6 +140,19 @@ class VLLMEngine:
     async def close(self) -> None:
         """Ends vLLM's processes."""
         await self._running.close()
+
+    async def _while_alive(self, work: Coroutine[Any, Any, Weights]) -> Weights:
+        """Unlike a request, a call that changes weights is never answered by vLLM when its
+        process dies meanwhile."""
+        task = asyncio.create_task(work)
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=_LOOK_S)
+                if self._llm.errored and not task.done():
+                    raise EngineDied("vLLM's engine process died while its weights were changed")
+            return task.result()
+        finally:
+            task.cancel()
 
     async def _transfer(self, weights: Weights) -> Weights:
         """Changes the weights, and tells which came. What was cached under the old ones is
