@@ -33,6 +33,7 @@ from services.streams import GROUP, STREAMS, claim
 SIZES = {"16 KB": 16 << 10, "256 KB": 256 << 10, "1 MB": 1 << 20}
 WORKERS = (1, 4, 16)
 CAPACITY = 16  # groups in flight in one worker
+IN_FLIGHT_BYTES = 8 << 20
 FEED = 64  # groups that are fed and settled at once
 
 
@@ -59,10 +60,14 @@ async def ours(url: str, payload: bytes, workers: int, seconds: float) -> float:
     running = [asyncio.create_task(stage.run()) for stage in stages]
     started = time.perf_counter()
     done = fed = 0
+    # Bounded in bytes, or a short run would mostly fill the pipeline.
+    deep = min(workers * CAPACITY, max(workers, IN_FLIGHT_BYTES // len(payload)))
     while time.perf_counter() < started + seconds:
-        _, fed = await streams.feed(
-            [payload] * FEED, expected_fed=fed, max_in_flight=workers * CAPACITY
-        )
+        room = deep - (fed - done)
+        if room:
+            _, fed = await streams.feed(
+                [payload] * min(FEED, room), expected_fed=fed, max_in_flight=10**9
+            )
         items = await claim([streams], "scored", "learner", count=FEED, block_ms=1000)
         done += await streams.settle("scored", [item.id for item in items])
         await streams.advance(consumed=done, step=0)
