@@ -32,6 +32,7 @@ STREAMS: tuple[StreamName, ...] = ("prompts", "rollouts", "verified", "scored")
 WORK: tuple[StreamName, ...] = ("prompts", "rollouts", "verified")  # read by stage workers
 
 _LONG_IDLE_MS = 10**9  # past every lease
+_NOBODY = "nobody"  # the consumer that holds what the dead held; it is never deleted itself
 GROUP = "stage"  # one consumer group a stream: each item goes to one worker of the next stage
 
 # Every script touches only keys passed in KEYS, so that it also runs on a Redis Cluster.
@@ -112,10 +113,11 @@ redis.call('HSET', KEYS[2], ARGV[3], ARGV[5])
 return 1
 """
 _ABANDON = """
--- KEYS in; ARGV group, consumer, idle_ms  Frees all that a dead consumer held, and forgets it.
+-- KEYS in; ARGV group, consumer, idle_ms, nobody
+-- Gives all that a dead consumer held to nobody, free to be taken over, and forgets it.
 local held = redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1000000, ARGV[2])
 for _, entry in ipairs(held) do
-  redis.call('XCLAIM', KEYS[1], ARGV[1], 'nobody', 0, entry[1], 'IDLE', ARGV[3], 'JUSTID')
+  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[4], 0, entry[1], 'IDLE', ARGV[3], 'JUSTID')
 end
 redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
 return #held
@@ -329,10 +331,11 @@ class Streams:
         for name in WORK:
             found: Any = await self.redis.xinfo_consumers(self.key(name), GROUP)
             for consumer in (entry["name"].decode() for entry in found):
-                if dead.fullmatch(consumer):
+                if consumer != _NOBODY and dead.fullmatch(consumer):
                     freed += int(
                         await self._abandon(
-                            keys=[self.key(name)], args=[GROUP, consumer, _LONG_IDLE_MS]
+                            keys=[self.key(name)],
+                            args=[GROUP, consumer, _LONG_IDLE_MS, _NOBODY],
                         )
                     )
         return freed

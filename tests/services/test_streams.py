@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 from services.stage import consumers_of
 from services.streams import Claim, Streams, claim
@@ -182,3 +183,15 @@ async def test_what_a_dead_worker_held_is_free_at_once(streams: Streams) -> None
     taken = await streams.take_over("prompts", "heir", lease_s=3600, count=9)
     assert [item.deliveries for item in taken] == [2, 2]
     assert await streams.hand_off(kept, "rollouts", b"A")
+
+
+async def test_what_was_freed_before_stays_free_when_all_are_dead(streams: Streams) -> None:
+    """A worker died, then the driver did before anybody took the worker's items over."""
+    await feed(streams, b"a", b"b")
+    await take(streams, "first-0123abcd", count=1)
+    await streams.abandon(consumers_of("first"))
+    await take(streams, "second-0123abcd", count=1)
+    for _ in range(2):  # a resumed run may itself be resumed
+        await streams.abandon(re.compile(".*"))
+    taken = await streams.take_over("prompts", "heir", lease_s=3600, count=9)
+    assert sorted(item.payload for item in taken) == [b"a", b"b"]

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from services.redis_server import EmbeddedRedis, connect
-from services.streams import STREAMS, Claim, StreamName, Streams, claim
+from services.streams import GROUP, STREAMS, Claim, StreamName, Streams, claim
 
 WORKERS = ("a", "b", "c")
 NEXT: dict[str, StreamName] = {"prompts": "rollouts", "rollouts": "verified", "verified": "scored"}
@@ -90,6 +90,16 @@ class HandOff(RuleBasedStateMachine):
     def abandon(self, worker: str) -> None:
         """The driver saw the worker die. It may live on unseen, and use its claims."""
         self.run(self.streams.abandon(re.compile(worker)))
+
+    @rule()
+    def resume(self) -> None:
+        """The driver died, and with it everybody; a new one frees all that was held."""
+        self.run(self.streams.abandon(re.compile(".*")))
+        for stream in NEXT:
+            pending = self.run(self.redis.xpending(self.streams.key(stream), GROUP))["pending"]
+            unread = self.run(claim([self.streams], stream, "a", count=1000, block_ms=1))
+            there = self.run(self.redis.xlen(self.streams.key(stream)))
+            assert pending + len(unread) == there  # none that nobody would ever be given
 
     @rule(first=consumes(claims), second=consumes(claims))
     def hand_off_together(self, first: tuple[str, Claim], second: tuple[str, Claim]) -> None:
