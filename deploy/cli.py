@@ -96,6 +96,22 @@ def check(config: ConfigPath, overrides: Overrides = None) -> None:
     )
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="A run that is to work here.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Try what a run needs of this machine: packages, GPUs, Redis, sandboxes, memory, storage."""
+    settings = load(config, overrides or ()) if config is not None else None
+    from deploy.doctor import examine_machine
+
+    faults = 0
+    for found in examine_machine(settings):
+        faults += found.verdict == "fault"
+        typer.echo(f"{found.verdict:6}{found.what}: {found.said}")
+    raise SystemExit(min(faults, 1))
+
+
 @app.command(name="eval")
 def evaluate(
     config: ConfigPath,

@@ -42,7 +42,7 @@ from rollout.own_weights import OwnWeights
 from rollout.worker import RolloutWorker
 from services.config import Resources
 from services.metrics import Recorder
-from services.redis_server import EmbeddedRedis, resolve_url
+from services.redis_server import EmbeddedRedis, RedisUnavailable, examine, resolve_url
 from services.stage import EVAL, TRAIN, Connection, consumers_of
 from services.streams import Ledger, Streams
 from services.weight_store import StoreFeed, start_store
@@ -149,7 +149,20 @@ class Run:
             stack.callback(asyncio.create_task(self._keep_redis(server)).cancel)
             url = server.url
             self.console.say(f"Redis: private server, data in {server.directory}")
+        else:
+            self._examine_redis(url)
         return Connection(url, self.config.name, self.config.stage)
+
+    def _examine_redis(self, url: str) -> None:
+        """A server that would lose prompts is refused before the first one is fed."""
+        try:
+            found = examine(url)
+        except RedisUnavailable as error:
+            raise RunFailed(f"redis.url: {error}") from error
+        for risk in found.risks:
+            self.console.say(f"note: redis.url: {risk}")
+        if found.faults:
+            raise RunFailed(f"redis.url: {'; '.join(found.faults)}")
 
     def _start_ray(self, stack: AsyncExitStack) -> None:
         settings = self.config.ray

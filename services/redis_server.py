@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -23,6 +24,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoPermissionError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.config import RedisConfig
@@ -126,12 +128,19 @@ def find_binary() -> str:
 
 
 def resolve_url(config: RedisConfig) -> str | None:
-    """The address with its credentials put in, or None for a private server."""
+    """The address with its credentials put in, or None for a private server.
+
+    Raises:
+        RedisUnavailable: the file that holds the password cannot be read.
+    """
     if config.url is None:
         return None
     password = os.environ.get("SCOPE_REDIS_PASSWORD")
     if config.password_file is not None:
-        password = config.password_file.read_text().strip()
+        try:
+            password = config.password_file.read_text().strip()
+        except OSError as error:
+            raise RedisUnavailable(f"redis.password_file cannot be read: {error}") from error
     scheme, _, rest = config.url.partition("://")
     if password is None or "@" in rest:
         return config.url
@@ -218,6 +227,56 @@ def answers(url: str) -> bool:
         return False
     finally:
         client.close()
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """What a Redis that somebody else runs would do to the items of a run; a sentence each."""
+
+    version: str
+    faults: tuple[str, ...] = ()
+    """Items would be lost, or not be taken, while everything works."""
+    risks: tuple[str, ...] = ()
+    """Items would be lost when the server dies."""
+
+
+def examine(url: str) -> Fitness:
+    """Asks a server how it is set up (INFO).
+
+    Raises:
+        RedisUnavailable: it does not answer, or does not let us in.
+    """
+    client = redis_sync.Redis.from_url(url, socket_timeout=5.0, socket_connect_timeout=5.0)
+    try:
+        info: Any = client.info("everything")
+    except NoPermissionError:
+        return Fitness("unknown", risks=("its settings cannot be asked for: INFO is not allowed",))
+    except RedisError as error:
+        raise RedisUnavailable(f"Redis does not answer: {error}") from error
+    finally:
+        client.close()
+    return _fitness(info)
+
+
+def _fitness(info: dict[str, Any]) -> Fitness:
+    version = str(info["redis_version"])
+    faults, risks = [], []
+    if tuple(int(part) for part in version.split(".")[:2]) < (6, 2):
+        faults.append(f"it is Redis {version}: 6.2 or newer is needed (XAUTOCLAIM)")
+    if info.get("role") == "slave":
+        faults.append("it is a replica, which takes no writes: give the address of its primary")
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if policy.startswith("allkeys") and info.get("maxmemory"):
+        faults.append(
+            f"it throws keys away when its memory is full (maxmemory-policy {policy}), and with "
+            f"them prompts: set noeviction"
+        )
+    if not info.get("aof_enabled"):
+        risks.append(
+            "it keeps no append-only file: when it dies, what is in flight is gone, and `scope "
+            "resume` feeds it again (appendonly yes avoids that)"
+        )
+    return Fitness(version, tuple(faults), tuple(risks))
 
 
 def _die_with_parent() -> None:

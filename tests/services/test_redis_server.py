@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
 
 from services.config import RedisConfig
-from services.redis_server import EmbeddedRedis, resolve_url
+from services.redis_server import EmbeddedRedis, RedisUnavailable, examine, resolve_url
 
 
 def wait_gone(pid: int) -> None:
@@ -92,3 +93,63 @@ def test_a_password_file_wins(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("from-file\n")
     config = RedisConfig(url="redis://h", password_file=tmp_path / "secret")
     assert resolve_url(config) == "redis://:from-file@h"
+
+
+def test_a_password_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    config = RedisConfig(url="redis://h", password_file=tmp_path / "secret")
+    with pytest.raises(RedisUnavailable, match="password_file cannot be read"):
+        resolve_url(config)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[redis.Redis]:
+    """A Redis of its own whose settings a test may change."""
+    made = EmbeddedRedis(tmp_path)
+    made.start()
+    client = redis.Redis.from_url(made.url)
+    yield client
+    client.close()
+    made.stop()
+
+
+def test_a_server_that_is_set_up_well_has_nothing_against_it(server: redis.Redis) -> None:
+    found = examine(_url(server))
+    assert found.version.startswith("6.2")
+    assert not found.faults and not found.risks
+
+
+def test_a_server_that_throws_keys_away_is_unfit(server: redis.Redis) -> None:
+    server.config_set("maxmemory-policy", "allkeys-lru")
+    assert not examine(_url(server)).faults  # not without a limit of memory
+    server.config_set("maxmemory", "100mb")
+    (fault,) = examine(_url(server)).faults
+    assert "maxmemory-policy allkeys-lru" in fault
+
+
+def test_a_server_without_an_append_only_file_is_a_risk(server: redis.Redis) -> None:
+    server.config_set("appendonly", "no")
+    (risk,) = examine(_url(server)).risks
+    assert "append-only" in risk
+
+
+def test_a_replica_is_unfit(server: redis.Redis) -> None:
+    server.replicaof("127.0.0.1", "1")
+    (fault,) = examine(_url(server)).faults
+    assert "replica" in fault
+
+
+def test_a_user_who_may_not_ask_is_let_through_with_a_word(server: redis.Redis) -> None:
+    server.execute_command("ACL", "SETUSER", "worker", "on", ">pw", "~*", "+@all", "-info")
+    place = _url(server).rpartition("@")[2]
+    (risk,) = examine(f"unix://worker:pw@{place}").risks
+    assert "INFO is not allowed" in risk
+
+
+def test_nobody_there_is_one_sentence() -> None:
+    with pytest.raises(RedisUnavailable, match="does not answer"):
+        examine("redis://127.0.0.1:1")
+
+
+def _url(client: redis.Redis) -> str:
+    settings = client.connection_pool.connection_kwargs
+    return f"unix://:{settings['password']}@{settings['path']}"

