@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-fast chaos check lint format install clean
@@ -11,10 +12,10 @@ demo: install  ## distils the tiny teacher into the tiny student
 	$(BIN)/scope run deploy/runs/demo.yaml
 
 test: install  ## every test that needs no GPU
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: install  ## the everyday part: no cluster, no training
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 chaos: install  ## a hundred kills of random parts of a real run (about an hour)
 	$(BIN)/python -m tests.deploy.chaos --kills 100 --json chaos-report.json

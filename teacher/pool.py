@@ -155,7 +155,7 @@ class TeacherPool:
         for server in self._servers:
             if not server.up and server.care is None:
                 self._look_after(server)
-        while (found := self._best(failed)) is None and not failed and self._hopeful():
+        while (found := self._best(failed)) is None and self._hopeful():
             await self._changed.wait()
         return found
 

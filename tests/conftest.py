@@ -1,12 +1,15 @@
-"""What the tests of all rooms share: one real Redis a session, one clean run a test."""
+"""What the tests of all rooms share: one real Redis a session, one clean run a test; and how they
+are split over the processes of `make test`."""
 
 from __future__ import annotations
 
 import os
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # The tests are small: more threads than one only fight with each other on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +22,46 @@ from services.config import StageConfig
 from services.redis_server import EmbeddedRedis, connect
 from services.stage import Connection
 from services.streams import Streams
+
+# Session fixtures that cost more than their tests, and the files whose tests share them.
+STARTED_ONCE = {
+    "scraped_run": ("deploy/test_dashboards", "deploy/test_pipeline", "deploy/test_resume"),
+    "ray_cluster": (
+        "deploy/test_scale", "services/test_weight_push", "services/test_weight_store",
+        "teacher/test_serve",
+    ),
+}  # fmt: skip
+SHARE_OF = {f"tests/{file}.py": name for name, files in STARTED_ONCE.items() for file in files}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`pytest -n 2`: a file stays in one process, and so do all that share an expensive fixture."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFixture(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return SHARE_OF.get(file, file)
+
+    config.option.loadscopereorder = False  # as sorted below
+    return ByFixture(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files with slow tests first where processes share the work: none ends long after another."""
+    for item in items:
+        if label := getattr(item, "operation_label", None):  # schemathesis gives all one name
+            item._id = item.id.with_params(label)
+        for fixture in STARTED_ONCE.keys() & set(item.fixturenames):
+            file = item.location[0]
+            assert SHARE_OF.get(file) == fixture, f"{file} uses {fixture}: add it to STARTED_ONCE"
+    names = Counter(item.nodeid for item in items)
+    twice = [name for name, count in names.items() if count > 1]
+    assert not twice, f"pytest-xdist would run only one of those called {twice}"
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
