@@ -22,6 +22,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from deploy.cluster import start_ray
 from deploy.config import ConfigError, EvaluationConfig, RunConfig
 from deploy.crew import Crew
 from deploy.evaluate import Result, Score, Tally, evaluate
@@ -58,7 +59,7 @@ class Examination:
         left = self._left()
         if left:
             async with AsyncExitStack() as stack:
-                connection = self._start(stack)
+                connection = self._start(stack, console)
                 for lane in (EVAL, TRAIN):  # the verifier serves both
                     streams = connection.streams(lane)
                     await streams.create()
@@ -75,21 +76,15 @@ class Examination:
         known = {tally.id for tally in self.finished}
         return [o for o in range(self.count) if self.source.prompt(o).id not in known]
 
-    def _start(self, stack: AsyncExitStack) -> Connection:
+    def _start(self, stack: AsyncExitStack, console: RichConsole) -> Connection:
         url = resolve_url(self.config.redis)
         if url is None:
             server = EmbeddedRedis(Path(stack.enter_context(TemporaryDirectory(prefix="scope-"))))
             server.start()
             stack.callback(server.stop)
             url = server.url
-        settings = self.config.ray
-        ray.init(
-            address=settings.address,
-            num_cpus=settings.num_cpus if settings.address is None else None,
-            include_dashboard=False if settings.address is None else None,
-            log_to_driver=False,
-            logging_level="warning",
-        )
+        quiet = self.config.ray.model_copy(update={"dashboard": False})
+        start_ray(quiet, f"scope-{self.config.name}-eval", console.print)
         stack.callback(ray.shutdown)
         # A name of its own: what an interrupted evaluation left behind belongs to nobody.
         return Connection(url, f"{self.config.name}-eval-{secrets.token_hex(4)}", self.config.stage)

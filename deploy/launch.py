@@ -28,6 +28,7 @@ import ray
 from ray.train import TrainingFailedError
 from redis.exceptions import RedisError
 
+from deploy.cluster import NoRay, start_ray
 from deploy.config import RunConfig, dump
 from deploy.console import Console
 from deploy.crew import Crew, WorkerFailed
@@ -166,17 +167,10 @@ class Run:
 
     def _start_ray(self, stack: AsyncExitStack) -> None:
         settings = self.config.ray
-        for name in ("ray.serve", "ray._private.authentication"):  # theirs is not our progress
-            logging.getLogger(name).setLevel(logging.ERROR)
-        context = ray.init(
-            # None would connect to whatever cluster this machine last saw.
-            address=settings.address or "local",
-            num_cpus=settings.num_cpus if settings.address is None else None,
-            include_dashboard=settings.dashboard if settings.address is None else None,
-            namespace=f"scope-{self.config.name}",
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        try:
+            context = start_ray(settings, f"scope-{self.config.name}", self.console.say)
+        except NoRay as error:
+            raise self._failed(str(error)) from error
         stack.callback(ray.shutdown)
         if context.dashboard_url:
             self.console.say(f"Ray dashboard: http://{context.dashboard_url}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
 
 import ray
 
-from deploy.config import ConfigError
+from deploy.cluster import start_ray
+from deploy.config import ConfigError, RayConfig
 from services.models import ModelError, fingerprint
 from teacher.auth import KEYS_VARIABLE, environment_keys
 from teacher.config import TeacherConfig
@@ -25,7 +25,7 @@ def serve_teacher(config: TeacherConfig) -> None:
         fingerprint(config.model)  # a wrong path is said at once, not after Ray has started
     except ModelError as error:
         raise ConfigError(str(error)) from None
-    ray.init("local", namespace="scope-teacher", log_to_driver=False, logging_level=logging.WARNING)
+    start_ray(RayConfig(), "scope-teacher", print)
     try:
         url = deploy_teacher(config, keys, name=_NAME)
         access = "with a bearer key" if keys else f"without a key ({KEYS_VARIABLE} is not set)"

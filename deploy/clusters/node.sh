@@ -9,7 +9,8 @@ set -eu
 SCOPE_HOME="${SCOPE_HOME:-$HOME/scope}"
 PATH="$SCOPE_HOME/.venv/bin:$PATH"
 RAY_AUTH_MODE=token # with the token in ~/.ray/auth_token
-export SCOPE_HOME PATH RAY_AUTH_MODE
+RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=2 # as teacher/serve.py says
+export SCOPE_HOME PATH RAY_AUTH_MODE RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S
 
 # From a bare Debian or Ubuntu image to one that has everything; nothing where all is there.
 setup() {

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 SCOPE = Path(sys.executable).parent / "scope"
 GROUPS_PER_STEP = 4
 STEPS_PER_KILL = 25
-RECOVERY_S = 240.0  # past this a kill was not recovered from
+RECOVERY_S = 600.0  # past this a kill was not recovered from
 SLEEP_S = 6.0  # how long a stopped worker sleeps: past its lease
 
 # What a role's process is called. A Ray actor names its process after its class.
