@@ -36,7 +36,7 @@ Process: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 
 TRAIN, EVAL = "", "eval"  # the lanes of training and of evaluation prompts
 QUIET_S = 60.0  # a worker that has not reported for this long is taken for gone
-_BLOCK_MS = 1_000  # how long a read waits; also how soon a stop is noticed
+_BLOCK_S = 1.0  # how long a read waits at most; also how soon a stop is noticed
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.2, 15.0
 
 
@@ -130,6 +130,8 @@ class Stage:
                 task.cancel()
 
     async def _claim_until_stopped(self, heartbeat: asyncio.Task[None]) -> None:
+        every = self.config.lease_s / 4  # how often the items of the dead are looked for
+        block_ms = max(1, int(1000 * min(_BLOCK_S, every)))
         next_take_over = 0.0
         while not self.stopping.is_set():
             self._collect(heartbeat)
@@ -139,14 +141,14 @@ class Stage:
                 continue
             claims: list[Claim] = []
             if time.monotonic() >= next_take_over:
-                next_take_over = time.monotonic() + self.config.lease_s / 4
+                next_take_over = time.monotonic() + every
                 for lane in self.lanes:
                     claims += await lane.take_over(
                         self.source, self.consumer, lease_s=self.config.lease_s, count=free
                     )
             if not claims:
                 claims = await claim(
-                    self.lanes, self.source, self.consumer, count=free, block_ms=_BLOCK_MS
+                    self.lanes, self.source, self.consumer, count=free, block_ms=block_ms
                 )
             for item in claims:
                 self._active.add(asyncio.create_task(self._handle(item)))
