@@ -305,7 +305,9 @@ class Run:
                 await self._record(streams, recorder)
                 ledger = await self._snapshot(streams)
                 self.console.progress(ledger, self.preflight.total_groups)
-                if ledger.step != last_step or ledger.in_flight == 0:
+                # Before the first prompt and after the last step something else is waited for,
+                # with a deadline of its own; in between, and until it ends, for the learner.
+                if ledger.step != last_step or not ledger.fed or learner.done():
                     last_step, last_progress = ledger.step, time.monotonic()
                 self._stop_on_faults(ledger, time.monotonic() - last_progress)
                 if learner.done():
@@ -327,6 +329,11 @@ class Run:
                 f"({fraction:g}) allows; see what broke them with: scope dead {self.directory}"
             )
         if quiet_s > self.config.trainer.stall_timeout_s:
+            if ledger.in_flight == 0:
+                raise self._failed(
+                    f"nothing is in flight, and the learner has not ended for {quiet_s:.0f} s "
+                    f"({describe(ledger)})"
+                )
             slowest = max(ledger.age_s, key=lambda name: ledger.age_s[name])
             raise self._failed(
                 f"no gradient step for {quiet_s:.0f} s; the slowest stage is the one that reads "

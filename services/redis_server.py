@@ -32,6 +32,8 @@ from services.config import RedisConfig
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0  # an append-only file of some gigabytes takes a while to load
+STOP_TIMEOUT_S = 30.0
+_ANSWER_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -104,7 +106,10 @@ class EmbeddedRedis:
         """Stops the server; its append-only file stays."""
         if self._process is not None:
             self._process.terminate()
-            self._process.wait()
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:  # stopped, or its disk does not answer
+                self._process.kill()
         (self.directory / "url").unlink(missing_ok=True)
         shutil.rmtree(self._socket_dir, ignore_errors=True)
 
@@ -220,7 +225,12 @@ class _Patience(Retry):
 
 def answers(url: str) -> bool:
     """Whether a server answers at `url` now."""
-    client = redis_sync.Redis.from_url(url)
+    client = redis_sync.Redis.from_url(
+        url,
+        socket_timeout=_ANSWER_TIMEOUT_S,
+        socket_connect_timeout=_ANSWER_TIMEOUT_S,
+        retry=None,
+    )
     try:
         return bool(client.ping())
     except (RedisConnectionError, RedisTimeoutError):

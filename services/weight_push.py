@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Backend: TypeAlias = Literal["nccl", "ipc"]
 
 _POLL_S = 2.0  # how long the store holds a request for asks; how soon a close is noticed
+_ANSWER_S = 20.0  # past it the store is taken for hung
 _PAUSE_S = 1.0
 _CALL_TIMEOUT_S = 600.0  # a whole model's broadcast, and the groups that are finished before it
 
@@ -71,8 +72,8 @@ class Pusher:
     def _serve(self) -> None:
         while not self._closed.is_set():
             try:
-                ask = ray.get(self._store.next_ask.remote(_POLL_S))
-            except RayActorError:  # it is being restarted
+                ask = ray.get(self._store.next_ask.remote(_POLL_S), timeout=_POLL_S + _ANSWER_S)
+            except (GetTimeoutError, RayActorError):  # it hangs, or is being restarted
                 self._closed.wait(_PAUSE_S)
                 continue
             if ask is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from services import redis_server
 from services.config import RedisConfig
 from services.redis_server import EmbeddedRedis, RedisUnavailable, examine, resolve_url
 
@@ -153,3 +154,14 @@ def test_nobody_there_is_one_sentence() -> None:
 def _url(client: redis.Redis) -> str:
     settings = client.connection_pool.connection_kwargs
     return f"unix://:{settings['password']}@{settings['path']}"
+
+
+def test_one_that_hangs_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_server, "_ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(redis_server, "STOP_TIMEOUT_S", 0.2)
+    server = EmbeddedRedis(tmp_path)
+    server.start()
+    os.kill(server.pid, signal.SIGSTOP)
+    assert not redis_server.answers(server.url)
+    server.stop()
+    assert not server.running
