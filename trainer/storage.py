@@ -43,17 +43,14 @@ class Storage:
         """Whether a directory gets its name in one atomic step: no object store can do that."""
 
     def names(self) -> list[str]:
-        """The files and directories at the top."""
-        return sorted(Path(info.path).name for info in self._list("", recursive=False))
+        """The files and directories at the top. Found by all that lies below them, because a
+        directory in an object store may be nothing but the files in it."""
+        return sorted({path.partition("/")[0] for path in self._below("")})
 
     def sizes(self, directory: str) -> dict[str, int]:
         """Path below `directory` -> bytes, of every file in it."""
-        start = len(self._at(directory).rstrip("/")) + 1
-        return {
-            info.path[start:]: info.size
-            for info in self._list(directory, recursive=True)
-            if info.type == fs.FileType.File
-        }
+        found = self._below(directory)
+        return {path: i.size for path, i in found.items() if i.type == fs.FileType.File}
 
     def exists(self, path: str) -> bool:
         """Whether there is such a file or directory."""
@@ -106,11 +103,11 @@ class Storage:
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 
-    def _list(self, directory: str, *, recursive: bool) -> list[Any]:
-        found: list[Any] = self._files.get_file_info(
-            fs.FileSelector(self._at(directory), allow_not_found=True, recursive=recursive)
-        )
-        return found
+    def _below(self, directory: str) -> dict[str, Any]:
+        """Path below `directory` -> pyarrow's FileInfo, of everything in it."""
+        start = len(self._at(directory).rstrip("/")) + 1
+        where = fs.FileSelector(self._at(directory), allow_not_found=True, recursive=True)
+        return {info.path[start:]: info for info in self._files.get_file_info(where)}
 
 
 class _Files(FileSystemBase):
