@@ -101,7 +101,7 @@ class Learner:
     def backward(self, batch: Batch, clock: Clock) -> tuple[Tensor, SequenceStats]:
         """Accumulates this rank's gradients of the loss. Returns the sums for the metrics,
         reduced over ranks, and what the objective saw."""
-        trained = batch.correct | batch.incorrect
+        trained = batch.correct | batch.incorrect  # the denominator's, also where A is 0
         together = self._together(batch)
         stats = self._stats(batch, together)
         coefficients = self.objective.coefficients(stats, self.config.objective)
@@ -112,7 +112,9 @@ class Learner:
             else max(1, int(batch.lengths[trained].sum()))
         )
         sums = torch.zeros(len(_SUMS), device=self.device)
-        for micro, last in self._micro_batches(batch, trained, together):
+        entering = self._entering(batch)
+        # One at least: gradients are zeros then, as those of a loss of 0 are, and not absent.
+        for micro, last in self._micro_batches(batch, entering, together, at_least=1):
             self.student.sums_at(last=last)
             logprobs = self.student.forward(
                 token_logprobs, micro.pack, self._temperatures, micro.top_ids
@@ -218,6 +220,19 @@ class Learner:
         mean = nll / batch.lengths.clamp_min(1).to(self.device)
         return torch.where((batch.correct & member).to(self.device), mean, 0.0)
 
+    def _entering(self, batch: Batch) -> Tensor:
+        """[N] The trajectories that enter the loss. The others have coefficients of 0 (unknown
+        verdicts, what RFT rejects, GRPO's groups without a difference) and are not computed. Where
+        coefficients hang on perplexities, nothing but the verdict is known before a forward."""
+        if self.objective.student_perplexity:
+            return batch.correct | batch.incorrect
+        nothing = torch.zeros_like(batch.teacher_nll)
+        stats = SequenceStats(
+            batch.group, batch.correct, batch.incorrect, nothing, batch.teacher_nll
+        )
+        found = self.objective.coefficients(stats, self.config.objective)
+        return (found.reinforce != 0) | (found.distil != 0)
+
     def _perplexity_wanted(self, batch: Batch) -> Tensor:
         """[N] the correct trajectories whose weights depend on their perplexity."""
         if not self.objective.student_perplexity:
@@ -226,18 +241,19 @@ class Learner:
 
     def shares(self, batch: Batch) -> list[list[int]]:
         """The trajectories that each rank works on; their sequences are all that it needs."""
-        trained = (batch.correct | batch.incorrect).double()  # backward costs twice the forward
-        passes = 3.0 * trained + self._perplexity_wanted(batch)
+        entering = self._entering(batch).double()  # backward costs twice the forward
+        passes = 3.0 * entering + self._perplexity_wanted(batch)
         return shares(batch, passes, self.student.ranks, pair_cost=self._pair_cost)
 
     def _micro_batches(
-        self, batch: Batch, member: Tensor, together: Tensor | None = None
+        self, batch: Batch, member: Tensor, together: Tensor | None = None, *, at_least: int = 0
     ) -> Iterator[tuple[MicroBatch, bool]]:
         """This rank's micro-batches of the members, and whether each is the last; filled up with
-        idle ones when the ranks have to go together and another has more."""
+        idle ones when there are fewer than `at_least`, or when the ranks have to go together and
+        another has more."""
         mine = [i for i in self.shares(batch)[self._rank] if member[i]]
         parts = micro_batches(batch, mine, self.config.micro_batch_tokens, together)
-        rounds = self.student.rounds(len(parts))
+        rounds = self.student.rounds(max(at_least, len(parts)))
         for number in range(rounds):
             part = parts[number] if number < len(parts) else []
             made = MicroBatch.of(batch, part, self.device) if part else _idle(self.device)
@@ -301,7 +317,8 @@ _SUMS = (
 
 def _loss_metrics(sums: Tensor) -> Metrics:
     s = dict(zip(_SUMS, sums.tolist(), strict=True))
-    tokens, mle, opd = (max(1.0, s[n]) for n in ("tokens", "mle_tokens", "opd_tokens"))
+    tokens = s["tokens"] or math.nan  # of no tokens there is no mean
+    mle, opd = (max(1.0, s[n]) for n in ("mle_tokens", "opd_tokens"))
     return {
         "loss/mle": s["mle"] / mle,
         "loss/opd": s["opd"] / opd,

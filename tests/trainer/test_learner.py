@@ -213,6 +213,55 @@ def test_every_mixture_of_verdicts_makes_a_finite_step(outcomes: list[str]) -> N
     assert math.isfinite(metrics["actor/grad_norm"])
 
 
+def forward_tokens(learner: Learner, batch: Batch) -> tuple[list[int], list[Tensor]]:
+    """Tokens of each forward of one backward, and the gradients that it leaves."""
+    seen: list[int] = []
+    embedding = learner.model.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    learner.backward(batch, Clock())
+    hook.remove()
+    return seen, [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "computed"),
+    [
+        ("scope", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("opd", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("rft", [0, 1, 4, 5, 6]),  # the correct ones
+        ("grpo", [0, 1, 2, 3]),  # of groups with a difference
+    ],
+)
+def test_what_enters_no_loss_is_not_computed_and_changes_no_gradient(
+    kind: str, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One forward, the whole batch having room; counted in the tokens that it is given."""
+    batch = Batch.of(groups())
+    made = Learner(tiny_model(), settings(kind=kind), temperature=0.6)
+    seen, gradients = forward_tokens(made, batch)
+    assert seen == [int(batch.tokens[computed].sum())]
+    assert made.shares(batch) == [computed]
+    monkeypatch.setattr(Learner, "_entering", lambda _, b: torch.ones_like(b.correct))
+    everything = Learner(tiny_model(), settings(kind=kind), temperature=0.6)
+    seen, expected = forward_tokens(everything, batch)
+    assert seen == [int(batch.tokens.sum())]
+    assert_close(gradients, expected)
+
+
+def test_a_step_that_nothing_enters_is_one_with_gradients_of_zero() -> None:
+    """AdamW goes on by its momentum, as it does after a loss of 0."""
+    batch = Batch.of([scored_group(["correct"] * 3), scored_group(["incorrect"] * 2, order=1)])
+    learner = Learner(tiny_model(), settings(kind="grpo"), temperature=1.0)
+    seen, gradients = forward_tokens(learner, batch)
+    assert seen == [2]
+    assert len(gradients) == len(list(learner.model.parameters()))
+    assert all(not g.any() for g in gradients)
+    metrics = learner.step(batch)
+    assert metrics["tokens/trained"] == 0
+    assert metrics["loss/mle"] == 0
+    assert math.isnan(metrics["is_ratio/mean"])  # of nothing
+
+
 def test_unknown_trajectories_leave_no_trace_in_the_gradient() -> None:
     with_unknown = Batch.of([scored_group(["correct", "unknown", "incorrect"])])
     learner = Learner(tiny_model(), settings(), temperature=1.0)
