@@ -45,13 +45,21 @@ def rows() -> list[Row]:
         ours = _ours(directory)
         found = {}
         for kind in ("IWOPDTrainer", "DistillationTrainer"):
-            rates = {micro: _trl(kind, directory, prompts, micro) for micro in TRL_MICRO}
+            rates = {}
+            for micro in TRL_MICRO:
+                rates[micro] = _trl(kind, directory, prompts, micro)
+                _say(f"TRL {kind}, {micro} sequences a forward: {rates[micro]:,.0f}")
             best = max(rates, key=lambda m: rates[m])
             found[kind] = (rates[best], f"its best of {TRL_MICRO}: {best} sequences a forward")
     return [
         Row(f"end to end: TRL {kind}", ours, rate, UNIT, machine(), note=note)
         for kind, (rate, note) in found.items()
     ]
+
+
+def _say(line: str) -> None:
+    """What has been measured so far: the whole takes minutes."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _prepare(directory: Path) -> list[str]:
@@ -88,7 +96,7 @@ def _ours(directory: Path) -> float:
         "teacher": {"model": str(directory / "teacher"), "engine": {"kind": "transformers"},
                     "resources": {"cpus": 0.5}, "port": 0},
         "trainer": {"objective": {"kind": "opd"}, "optimizer": {"lr": 1e-6}, "torch_threads": 1,
-                    "groups_per_step": PROMPTS, "micro_batch_tokens": 4096,
+                    "groups_per_step": PROMPTS, "micro_batch_tokens": 2048,
                     "resources": {"cpus": 0.5}, "checkpoint": {"every_steps": 1000}},
         "ray": {"num_cpus": 4, "dashboard": False},
         "runs_dir": str(directory / "runs"),
@@ -103,7 +111,15 @@ def _ours(directory: Path) -> float:
     metrics = (directory / "runs" / "bench" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in metrics][WARM_UP - 1 :]
     tokens = sum(step["tokens/trained"] for step in steps[1:])
-    return float(tokens / (steps[-1]["time"] - steps[0]["time"]))
+    rate = float(tokens / (steps[-1]["time"] - steps[0]["time"]))
+    phases = {
+        name.removeprefix("timing_s/"): statistics.mean(step[name] for step in steps[1:])
+        for name in steps[-1]
+        if name.startswith("timing_s/")
+    }
+    spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items())
+    _say(f"ours: {rate:,.0f}; a step of the learner: {spent}")
+    return rate
 
 
 def _trl(kind: str, directory: Path, prompts: list[str], micro: int) -> float:
