@@ -153,7 +153,8 @@ def sample_groups(
     rows = _Rows(requests, end_tokens, model.device)
     logits_BV, cache = _prefill(model, rows)
     logits_AV = logits_BV[rows.prompt_R]
-    _repeat(cache, rows.prompt_R)
+    cache.batch_select_indices(rows.prompt_R)
+    _make_room(cache)
     for step in range(rows.longest):
         rows.choose(step, logits_AV)
         kept = rows.drop_finished()
@@ -211,25 +212,28 @@ def _prefill(model: PreTrainedModel, rows: _Rows) -> tuple[Tensor, DynamicCache]
     return logits[:, -1], cache
 
 
-def _repeat(cache: DynamicCache, prompt_R: Tensor) -> None:
-    """From one row a prompt to one row a trajectory. Layers that attend to a window alone keep
-    the cache that transformers gives them."""
+def _make_room(cache: DynamicCache) -> None:
+    """Gives each layer room to grow. Those that attend to a window alone keep the cache that
+    transformers gives them."""
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[place] = _RoomyLayer(layer, prompt_R)
-        else:
-            layer.batch_select_indices(prompt_R)
+            cache.layers[place] = _RoomyLayer(layer)
 
 
-class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer [A, heads, S, D], with room to grow: a token is written in its
     place where `DynamicLayer` copies all that came before it, and rows leave by moving the few
     that take their places."""
 
-    def __init__(self, prompts: DynamicLayer, prompt_R: Tensor) -> None:
-        super().__init__()
-        self.lazy_initialization(prompts.keys, prompts.values)
-        self._show(prompts.keys[prompt_R], prompts.values[prompt_R], prompts.keys.shape[2])
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, read: DynamicLayer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        keys, values = read.keys, read.values
+        assert keys is not None and values is not None  # the prompts
+        self.lazy_initialization(keys, values)
+        self._show(keys, values, keys.shape[2])
 
     def _show(self, all_keys: Tensor, all_values: Tensor, length: int) -> None:
         """The first `length` places of these are what is attended to."""
