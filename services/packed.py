@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 ATTENTION = "scope_packed"
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of float32 logits that exist at once
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of float32 logits that exist at once
 BUCKET_RATIO = 1.5  # longest to shortest of the sequences whose attention is computed in one batch
 
 
@@ -179,7 +179,9 @@ def token_logprobs(
     targets = pack.targets
     if others is not None:
         targets = torch.cat([targets[:, None], others], 1)
-    return linear_logprobs(hidden, head.weight, head.bias, targets, temperatures).logprobs
+    return linear_logprobs(
+        hidden, head.weight, head.bias, targets, temperatures, entropy=False
+    ).logprobs
 
 
 def output_head(model: PreTrainedModel) -> torch.nn.Linear:
@@ -198,7 +200,7 @@ class LogProbs(NamedTuple):
     """What `linear_logprobs` gives; all float32."""
 
     logprobs: Tensor  # [K, C] or [K, C, M] of the targets, one row a temperature
-    entropy: Tensor  # [C] nats, of the distribution at the last temperature; has no gradient
+    entropy: Tensor  # [C] nats, at the last temperature; no gradient; [0] unless asked for
 
 
 def linear_logprobs(
@@ -207,6 +209,8 @@ def linear_logprobs(
     bias: Tensor | None,
     targets: Tensor,
     temperatures: Sequence[float] = (1.0,),
+    *,
+    entropy: bool = True,
 ) -> LogProbs:
     """Log-probs of `targets` under `softmax((hidden @ weight.T + bias) / temperature)`.
 
@@ -219,14 +223,15 @@ def linear_logprobs(
         hidden: [C, H]. weight: [V, H]. bias: [V] or None.
         targets: [C] int64, or [C, M] for several tokens at each place.
         temperatures: K of them.
+        entropy: whether it is wanted; it takes one more look at the logits.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     apply: Any = _LinearLogProbs.apply
     columns = targets if targets.ndim == 2 else targets[:, None]
-    *rows, entropy = apply(hidden, weight, bias, columns, tuple(temperatures))
-    return LogProbs(torch.stack(rows).view(len(rows), *targets.shape), entropy)
+    *rows, spread = apply(hidden, weight, bias, columns, tuple(temperatures), entropy)
+    return LogProbs(torch.stack(rows).view(len(rows), *targets.shape), spread)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -240,26 +245,21 @@ class _LinearLogProbs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,  # [C, M]
         temperatures: tuple[float, ...],
+        want_entropy: bool,
     ) -> tuple[Tensor, ...]:
         logprobs = hidden.new_empty(len(temperatures), *targets.shape, dtype=torch.float32)
-        normaliser = hidden.new_empty(len(temperatures), len(targets), 1, dtype=torch.float32)
-        entropy = hidden.new_empty(len(targets), dtype=torch.float32)
+        entropy = hidden.new_empty(len(targets) if want_entropy else 0, dtype=torch.float32)
         chunks = _chunks(hidden, weight)
         for part in chunks:
-            logits = F.linear(hidden[part], weight, bias).float()
-            chosen = logits.gather(1, targets[part])
-            power = torch.empty_like(logits)
-            peak = logits.amax(1, keepdim=True)
+            logits = F.linear(hidden[part], weight, bias)
             for row, temperature in enumerate(temperatures):
-                torch.sub(logits, peak, out=power)
-                total = power.div_(temperature).exp_().sum(1, keepdim=True)
-                normaliser[row, part] = total.log() + peak / temperature
-                logprobs[row, part] = chosen / temperature - normaliser[row, part]
-            mean = torch.linalg.vecdot(power, logits) / total.squeeze(1)
-            entropy[part] = normaliser[-1, part].squeeze(1) - mean / temperatures[-1]
+                table = torch.log_softmax(_at(logits, temperature), 1, dtype=torch.float32)
+                logprobs[row, part] = table.gather(1, targets[part])
+            if want_entropy:
+                entropy[part] = -torch.linalg.vecdot(table.exp(), table)
         # One chunk is what may exist at any time, so it may as well be kept.
         kept = logits if len(chunks) == 1 else None
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, kept)
         ctx.temperatures = temperatures
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(entropy)
@@ -267,12 +267,10 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normaliser, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, kept = ctx.saved_tensors
         wanted = [
-            (row, temperature, gradient)
-            for row, (temperature, gradient) in enumerate(
-                zip(ctx.temperatures, gradients[:-1], strict=True)
-            )
+            (temperature, gradient)
+            for temperature, gradient in zip(ctx.temperatures, gradients[:-1], strict=True)
             if gradient is not None
         ]
         for_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
@@ -281,14 +279,12 @@ class _LinearLogProbs(torch.autograd.Function):
         )
         for_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in _chunks(hidden, weight):
-            logits = F.linear(hidden[part], weight, bias).float() if kept is None else kept
+            logits = F.linear(hidden[part], weight, bias) if kept is None else kept
             slope = None  # of the loss by the logits
-            for row, temperature, gradient in wanted:
+            for temperature, gradient in wanted:
                 scaled = gradient[part] / temperature
-                last_use = kept is None and row == wanted[-1][0]
-                power = logits.div_(temperature) if last_use else logits.div(temperature)
-                power.sub_(normaliser[row, part]).exp_().mul_(-scaled.sum(1, keepdim=True))
-                power.scatter_add_(1, targets[part], scaled)
+                power = torch.softmax(_at(logits, temperature), 1, dtype=torch.float32)
+                power.mul_(-scaled.sum(1, keepdim=True)).scatter_add_(1, targets[part], scaled)
                 slope = power if slope is None else slope.add_(power)
             if slope is None:
                 break
@@ -305,7 +301,13 @@ class _LinearLogProbs(torch.autograd.Function):
             for_bias.to(bias.dtype) if for_bias is not None else None,
             None,
             None,
+            None,
         )
+
+
+def _at(logits: Tensor, temperature: float) -> Tensor:
+    """The logits themselves at temperature 1, which spares a copy of them."""
+    return logits if temperature == 1.0 else logits.float().div(temperature)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -405,14 +407,26 @@ def _bucketed(
     query: Tensor, key: Tensor, value: Tensor, buckets: Buckets, scale: float | None
 ) -> Tensor:
     """[1, T, heads, D]; spreads the sequences over rows, a bucket at a time."""
+    if len(buckets.places) == 1 and buckets.places[0].numel() == query.shape[2]:
+        # All of one length: their rows lie in the pack as they are.
+        shape = buckets.places[0].shape
+        q, k, v = (
+            x[0].reshape(x.shape[1], *shape, x.shape[3]).transpose(0, 1)
+            for x in (query, key, value)
+        )
+        out = _causal(q, k, v, scale)
+        return out.transpose(1, 2).flatten(0, 1)[None]
     outputs = []
     for places, real in zip(buckets.places, buckets.real, strict=True):
         q, k, v = (x[0][:, places].transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        outputs.append(out.transpose(1, 2)[real])
+        outputs.append(_causal(q, k, v, scale).transpose(1, 2)[real])
     return torch.cat(outputs)[buckets.back][None]
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)

@@ -132,17 +132,19 @@ def plain_gradients(
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_gradients_of_a_skewed_pack_are_those_of_its_sequences_one_by_one() -> None:
-    """Several buckets, out of order: nothing may leak from one sequence into another."""
-    sequences = [
-        [2 + (i * j) % 20 for i in range(length)] for j, length in enumerate([9, 3, 30, 4])
-    ]
+@pytest.mark.parametrize(("lengths", "buckets"), [((9, 3, 30, 4), 3), ((7, 7, 7, 7), 1)])
+def test_gradients_of_a_pack_are_those_of_its_sequences_one_by_one(
+    lengths: tuple[int, ...], buckets: int
+) -> None:
+    """Several buckets, out of order, and one bucket without padding: nothing may leak from one
+    sequence into another."""
+    sequences = [[2 + (i * j) % 20 for i in range(length)] for j, length in enumerate(lengths)]
     starts = [2, 1, 5, 1]
     model = tiny_model()
     expected = plain_gradients(model, sequences, starts, 0.6)
     model.zero_grad()
     pack = packed.pack(sequences, starts)
-    assert len(pack.buckets.places) == 3
+    assert len(pack.buckets.places) == buckets
     logprobs = packed.token_logprobs(packed.prepare(model), pack, [1.0, 0.6])[1]
     pull = torch.cat([torch.tensor([1.0 + i % 3 for i in range(s, len(ids))])
                       for ids, s in zip(sequences, starts, strict=True)])  # fmt: skip
