@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import uuid
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.builders import scored_group, tiny_model
+from tests.trainer.object_stores import gcs
 from trainer.batch import Batch
 from trainer.checkpoint import CheckpointFailed, Progress, Saver, latest, ranges
 from trainer.config import OptimizerConfig, TrainerConfig
@@ -23,10 +26,19 @@ from trainer.storage import Storage
 MEMORY = "memory://bucket/run"
 
 
-@pytest.fixture(params=["disk", "object store"])
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with gcs(tmp_path_factory.mktemp("gcs")) as url:
+        yield url
+
+
+@pytest.fixture(params=["disk", "object store", "gs://"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "disk":
         return Storage(tmp_path)
+    if request.param == "gs://":
+        url: str = request.getfixturevalue("bucket")
+        return Storage(url.format(uuid.uuid4().hex), below="demo")
     files = fsspec.filesystem("memory")
     if files.exists("/bucket"):
         files.rm("/bucket", recursive=True)
