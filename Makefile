@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast chaos check lint format install clean
+.PHONY: demo test test-fast chaos check docs format install clean
 
 demo: install  ## distils the tiny teacher into the tiny student
 	$(BIN)/scope run deploy/runs/demo.yaml
@@ -29,6 +29,9 @@ check: install  ## format, lint, types, import contracts
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: install  ## the API reference, from the docstrings, into build/docs
+	$(BIN)/pdoc -d google -o build/docs services rollout verifier teacher trainer deploy
 
 install: $(VENV)/installed
 

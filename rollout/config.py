@@ -23,6 +23,7 @@ class DataConfig(Config):
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """`path` as a list, in the order in which it is read."""
         return (self.path,) if isinstance(self.path, Path) else self.path
 
     @field_validator("path")

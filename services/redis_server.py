@@ -61,6 +61,11 @@ class EmbeddedRedis:
 
     @property
     def pid(self) -> int:
+        """Of the running server.
+
+        Raises:
+            RedisUnavailable: it is not running.
+        """
         if self._process is None:
             raise RedisUnavailable("the run's own Redis is not running")
         return self._process.pid
@@ -100,6 +105,7 @@ class EmbeddedRedis:
 
     @property
     def running(self) -> bool:
+        """Whether the process is there."""
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:

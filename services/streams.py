@@ -202,10 +202,12 @@ class Ledger:
 
     @property
     def in_flight(self) -> int:
+        """Prompts in any of the streams."""
         return sum(self.depth.values())
 
     @property
     def exact(self) -> bool:
+        """Whether every prompt that was fed is somewhere, and once."""
         return self.fed == self.trained + self.dead + self.in_flight
 
 
@@ -233,6 +235,7 @@ class Streams:
         self._leaving: dict[tuple[StreamName, StreamName], _Leaving] = defaultdict(_Leaving)
 
     def key(self, name: str) -> str:
+        """`name` as a key in Redis: of this run and lane."""
         return self._prefix + name
 
     async def create(self) -> None:

@@ -138,10 +138,12 @@ class ScoredGroup:
 
     @property
     def rollout(self) -> RolloutGroup:
+        """What was sampled."""
         return self.verified.rollout
 
     @property
     def prompt(self) -> Prompt:
+        """What it was sampled for."""
         return self.verified.rollout.prompt
 
 

@@ -61,6 +61,7 @@ class Measured:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on, and counts what comes back."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,6 +69,7 @@ class LoopConfig:
 
     @property
     def export(self) -> Path:
+        """Where the trained student goes."""
         return self.run_dir / "export"
 
 
@@ -422,13 +424,18 @@ def _group_metrics(groups: Sequence[ScoredGroup], version: int) -> Metrics:
     trajectories = [t for g in groups for t in g.rollout.trajectories]
     outcomes = [v.outcome for g in groups for v in g.verified.verdicts]
     count = len(trajectories)
+    lengths = np.array([len(t.token_ids) for t in trajectories])
+    incorrect = lengths[[outcome == "incorrect" for outcome in outcomes]]
     return {
         "batch/groups": float(len(groups)),
         "reward/accuracy": outcomes.count("correct") / count,
         "scope/unknown_fraction": outcomes.count("unknown") / count,
         "staleness/mean": float(np.mean([version - g.rollout.mean_weight_version for g in groups])),
         "staleness/max": float(max(version - g.rollout.weight_version for g in groups)),
-        "response_length/mean": float(np.mean([len(t.token_ids) for t in trajectories])),
+        "prompt_length/mean": float(np.mean([len(g.rollout.prompt.token_ids) for g in groups])),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/incorrect_mean": float(incorrect.mean()) if len(incorrect) else math.nan,
+        "response_length/max": float(lengths.max()),
         "response_length/truncated_fraction": sum(t.finish == "length" for t in trajectories)
         / count,
         # Of the policy that sampled, estimated from what it sampled.

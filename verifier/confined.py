@@ -52,6 +52,7 @@ class Limits:
 
     @property
     def wall_s(self) -> float:
+        """Seconds on the clock after which it is killed: it may wait, but not for ever."""
         return 2 * self.time_s + 5
 
 

@@ -102,6 +102,7 @@ def decode(value: Any) -> Any:
 
 
 def main() -> None:
+    """Takes its limits from the arguments and runs what it is sent."""
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]  # site's, without site
     mode, cpu_s, memory, disk, threads, size, *entry_point = sys.argv[1:]
     source = _read(int(size)).decode()

@@ -57,6 +57,7 @@ class Setup:
 
 
 def main() -> None:
+    """Confines itself, then judges whatever it is sent."""
     setup = Setup(**json.loads(sys.argv[1]))
     _confine(setup)
     jobs, replies = _take_socket()

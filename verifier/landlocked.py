@@ -55,6 +55,7 @@ class _Filter(ctypes.Structure):
 
 
 def main() -> None:
+    """Gives its rights away, then becomes what its arguments name."""
     parent, user, directory, version, rules, readable = sys.argv[1:7]
     sys.argv[:7] = [_INSIDE]
     with open(_INSIDE) as file:
