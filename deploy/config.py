@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -20,6 +20,8 @@ from services.config import Config, RedisConfig, StageConfig
 from teacher.config import TeacherConfig
 from trainer.config import TrainerConfig
 from verifier.config import VerifierConfig
+
+ModelT = typing.TypeVar("ModelT", bound=Config)
 
 
 class ConfigError(ValueError):
@@ -72,6 +74,9 @@ class RunConfig(Config):
     stage: StageConfig = StageConfig()
     ray: RayConfig = RayConfig()
     runs_dir: Path = Path("runs")
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Who is told of every step beside `metrics.jsonl` and TensorBoard; each an extra of the same
+    name. Where, and with which key, their own environment variables say (docs/operations.md)."""
     max_dead_fraction: float = Field(default=0.01, ge=0, le=1)
     """The run stops when more than this fraction of the fed prompts is dead."""
     allow_different_end_tokens: bool = False
@@ -99,7 +104,7 @@ class RunConfig(Config):
             ("teacher", self.teacher.engine, self.teacher.resources),
         ):
             needed = engine.gpus
-            if 0 < resources.gpus < needed:
+            if needed > 1 and 0 < resources.gpus < needed:
                 raise ValueError(
                     f"{room}.engine.args ask for {needed} GPUs for one engine and "
                     f"{room}.resources.gpus reserves {resources.gpus:g}: an engine's GPUs are "
@@ -124,12 +129,18 @@ def load_teacher(path: Path, overrides: Sequence[str] = ()) -> TeacherConfig:
     return _validated(TeacherConfig, raw, [o.removeprefix("teacher.") for o in overrides], path)
 
 
+def load_other(model: type[ModelT], path: Path) -> ModelT:
+    """A YAML or JSON file that holds a `model`.
+
+    Raises:
+        ConfigError: as in `load`.
+    """
+    return _validated(model, _read(path), (), path)
+
+
 def dump(config: BaseModel) -> str:
     """The resolved config as YAML; loads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-ModelT = typing.TypeVar("ModelT", bound=Config)
 
 
 def _validated(

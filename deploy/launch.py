@@ -38,9 +38,11 @@ from deploy.preflight import Preflight, check
 from deploy.restore import restore
 from deploy.status import write_snapshot
 from deploy.telemetry import Telemetry
+from deploy.usage import cpu_seconds
 from rollout.feeder import Feeder
 from rollout.own_weights import OwnWeights
 from rollout.worker import RolloutWorker
+from services import trackers
 from services.config import Resources
 from services.metrics import Recorder
 from services.redis_server import EmbeddedRedis, RedisUnavailable, examine, resolve_url
@@ -103,7 +105,7 @@ class Run:
             crew = Crew(self.config.name, self.console.say)
             stack.push_async_callback(crew.stop)
             self._start_workers(crew, connection, store, teacher)
-            recorder = stack.enter_context(Recorder(self.directory))
+            recorder = stack.enter_context(Recorder(self.directory, self._trackers()))
             watch = asyncio.create_task(self._watch(streams, recorder, learner, crew))
             stack.callback(watch.cancel)
             await self._phases(connection, learner, watch)
@@ -353,12 +355,21 @@ class Run:
                 self.console.say("Redis died; starting it again")
                 server.start()
 
+    def _trackers(self) -> list[trackers.Background]:
+        # Not the addresses, which may hold passwords.
+        told = self.config.model_dump(
+            mode="json", exclude={"redis": True, "teacher": {"cache", "endpoints"}}
+        )
+        return trackers.start(self.config.trackers, self.directory, self.config.name, told)
+
     async def _record(self, streams: Streams, recorder: Recorder) -> None:
         """Moves the learner's records from Redis to the run directory."""
         key = streams.key("metrics")
         entries: Any = await streams.redis.xrange(key)
+        # Of a cluster that was there before, most processes are elsewhere.
+        used = cpu_seconds() if entries and self.config.ray.address is None else {}
         for entry, fields in entries:
-            record = json.loads(fields[b"record"])
+            record = json.loads(fields[b"record"]) | used
             recorder.write(record)
             recorder.show(json.loads(fields[b"samples"]))
             self.telemetry.step(record)

@@ -16,6 +16,7 @@ from rollout.engine import check_engine
 from rollout.prompts import DataError, PromptSource, load_rows
 from services.engines import EngineError, vllm_can_check
 from services.models import Fingerprint, ModelError, differences, fingerprint, load_tokenizer
+from services.trackers import missing
 from teacher.scorer import check_scorer
 from trainer.objectives import ObjectiveError, objective
 
@@ -48,7 +49,7 @@ def check(config: RunConfig) -> Preflight:
     except ObjectiveError as error:
         raise ConfigError(str(error)) from None
     problems, warnings = _models(config, student, teacher)
-    problems += _engines(config)
+    problems += _engines(config) + missing(config.trackers)
     train = _source(config.data, config.sampling, tokenizer, config.seed)
     heldout = None
     if (held := config.evaluation) is not None:

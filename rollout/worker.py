@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from rollout.config import RolloutConfig
 from rollout.engine import Completion, Engine, build_engine
 from services.models import load_tokenizer
-from services.stage import EVAL, TRAIN, Connection, Stage, Unavailable, new_consumer
+from services.stage import EVAL, TRAIN, Busy, Connection, Stage, Unavailable, new_consumer
 from services.trajectory import Prompt, RolloutGroup, Trajectory, decode, encode
 from services.weights import WeightFeed
 
@@ -69,7 +69,8 @@ class RolloutWorker:
         self._version = -1  # the newest that the engine has; -1 before the first
         self._changed = asyncio.Condition()
         self._stopping = asyncio.Event()
-        self._sampled_tokens = 0
+        self._busy = Busy()
+        self._prompts = self._sampled_tokens = 0
 
     async def run(self) -> None:
         """Works until `stop`; then finishes the prompts that it holds.
@@ -105,13 +106,21 @@ class RolloutWorker:
                 capacity=self._config.capacity,
                 config=self._connection.config,
                 stopping=self._stopping,
-                details=lambda: {"sampled_tokens": float(self._sampled_tokens)},
+                details=self._details,
             )
             await _both(stage.run(), self._follow(engine))
 
     async def stop(self) -> None:
         """Lets `run` finish what it holds and return."""
         self._stopping.set()
+
+    def _details(self) -> dict[str, float]:
+        return {
+            "workers": 1.0,
+            "prompts": float(self._prompts),
+            "sampled_tokens": float(self._sampled_tokens),
+            "sampling_s": self._busy.seconds,
+        }
 
     # ------------------------------------------------------------------------------ prompts
 
@@ -120,10 +129,12 @@ class RolloutWorker:
     ) -> RolloutGroup:
         while True:
             await self._until_version(prompt)
-            sampled = await engine.sample(prompt.token_ids.tolist(), prompt.sampling)
+            with self._busy:
+                sampled = await engine.sample(prompt.token_ids.tolist(), prompt.sampling)
             # A learner that went back to a checkpoint may have published an older version.
             if sampled.weight_version >= prompt.min_weight_version:
                 break
+        self._prompts += 1
         self._sampled_tokens += sum(len(c.token_ids) for c in sampled.completions)
         return RolloutGroup(
             prompt=prompt,

@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from services.trackers import Background
+
 
 class Recorder:
     """Appends records to a run directory. A step that is trained again after a crash replaces
-    its first record, so the file always holds the surviving history."""
+    its first record, so the file always holds the surviving history.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        run_dir: of the run.
+        trackers: who else is told; they are closed with the recorder.
+    """
+
+    def __init__(self, run_dir: Path, trackers: Sequence[Background] = ()) -> None:
         from tensorboardX import SummaryWriter
 
+        self._trackers = trackers
         self._path = run_dir / "metrics.jsonl"
         self._last_step = max((r["step"] for r in read(run_dir)), default=0)
         self._file = self._path.open("a", buffering=1)
@@ -38,6 +46,8 @@ class Recorder:
     ) -> None:
         self._file.close()
         self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record; `record["step"]` is its gradient step."""
@@ -46,9 +56,15 @@ class Recorder:
             self._drop_from(step)
         self._last_step = step
         self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if "/" in name and isinstance(value, int | float) and math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, step)
+        metrics = {
+            name: value
+            for name, value in record.items()
+            if "/" in name and isinstance(value, int | float) and math.isfinite(value)
+        }
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(metrics, step)
 
     def show(self, samples: Iterable[dict[str, Any]]) -> None:
         """Appends trajectories for people to look at; `samples` of a step that is trained again

@@ -77,6 +77,28 @@ class PatienceExceeded(RuntimeError):
     """A dependency stayed unavailable for longer than the configured patience."""
 
 
+class Busy:
+    """`with busy:` around pieces of work that overlap adds up how long there was at least one."""
+
+    def __init__(self) -> None:
+        self._seconds, self._pieces, self._since = 0.0, 0, 0.0
+
+    def __enter__(self) -> None:
+        if not self._pieces:
+            self._since = time.monotonic()
+        self._pieces += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._pieces -= 1
+        if not self._pieces:
+            self._seconds += time.monotonic() - self._since
+
+    @property
+    def seconds(self) -> float:
+        """So far, the piece that is worked on included."""
+        return self._seconds + (time.monotonic() - self._since if self._pieces else 0.0)
+
+
 @dataclass
 class Stage:
     """One worker of one stage.

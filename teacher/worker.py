@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from services.stage import Connection, Stage, new_consumer
+from services.stage import Busy, Connection, Stage, new_consumer
 from services.trajectory import (
     Outcome,
     ScoredGroup,
@@ -73,6 +73,7 @@ class TeacherWorker:
             hedge_factor=config.hedge_factor,
         )
         self._stopping = asyncio.Event()
+        self._busy = Busy()
         self._asked: Counter[str] = Counter(requests=0, sequences=0, tokens=0)
 
     async def run(self) -> None:
@@ -107,7 +108,9 @@ class TeacherWorker:
     def _details(self) -> dict[str, float]:
         pool = self._teacher
         return {
+            "workers": 1.0,
             **self._asked,
+            "asking_s": self._busy.seconds,
             "retried": pool.retried,
             "hedged": pool.hedged,
             "servers_down": pool.down,
@@ -125,9 +128,10 @@ class TeacherWorker:
         asked = [place for place in places if len(trajectories[place].token_ids)]
         if asked:
             prompt = group.rollout.prompt.token_ids
-            scores = await self._teacher.score(
-                [(prompt, trajectories[place].token_ids) for place in asked], self._top
-            )
+            with self._busy:
+                scores = await self._teacher.score(
+                    [(prompt, trajectories[place].token_ids) for place in asked], self._top
+                )
             logprobs.update(zip(asked, (score.logprobs for score in scores), strict=True))
             if self._top:
                 found = (TopTokens(score.top_ids, score.top_logprobs) for score in scores)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 
-from services.stage import EVAL, Connection, Stage, new_consumer
+from services.stage import EVAL, Busy, Connection, Stage, new_consumer
 from services.trajectory import RolloutGroup, Trajectory, Verdict, VerifiedGroup, decode, encode
 from verifier.config import VerifierConfig
 from verifier.judges import Judges
@@ -27,6 +27,8 @@ class VerifierWorker:
         self._config = config
         self._name = name
         self._stopping = asyncio.Event()
+        self._busy = Busy()
+        self._verdicts = 0
 
     async def run(self) -> None:
         """Works until `stop`; then finishes the groups that it holds.
@@ -44,7 +46,8 @@ class VerifierWorker:
             judges = await resources.enter_async_context(Judges(config))
 
             async def process(payload: bytes) -> bytes:
-                return encode(await self._verify(decode(RolloutGroup, payload), judges))
+                with self._busy:
+                    return encode(await self._verify(decode(RolloutGroup, payload), judges))
 
             await Stage(
                 name="verifier",
@@ -57,12 +60,19 @@ class VerifierWorker:
                 capacity=config.capacity,
                 config=self._connection.config,
                 stopping=self._stopping,
-                details=judges.queue,
+                details=lambda: {**judges.queue(), **self._details()},
             ).run()
 
     async def stop(self) -> None:
         """Lets `run` finish what it holds and return."""
         self._stopping.set()
+
+    def _details(self) -> dict[str, float]:
+        return {
+            "workers": 1.0,
+            "verdicts": float(self._verdicts),
+            "judging_s": self._busy.seconds,
+        }
 
     async def _verify(self, group: RolloutGroup, judges: Judges) -> VerifiedGroup:
         prompt = group.prompt
@@ -78,4 +88,5 @@ class VerifierWorker:
         except ExceptionGroup as failures:
             # One failure ends the whole group's work; the stage decides by its type what follows.
             raise failures.exceptions[0] from failures
+        self._verdicts += len(judging)
         return VerifiedGroup(rollout=group, verdicts=tuple(task.result() for task in judging))

@@ -121,3 +121,10 @@ def test_help_and_typing_errors_load_no_heavy_package(arguments: list[str]) -> N
     assert done.returncode == (0 if "--help" in arguments else 1)
     if "run" in arguments:
         assert done.stderr == "scope: cannot read /nowhere.yaml: No such file or directory\n"
+
+
+def test_small_models_share_a_gpu() -> None:
+    shared = load(
+        RUNS[0].parent / "demo.yaml", ["teacher.resources.gpus=0.25", "rollout.resources.gpus=0.25"]
+    )
+    assert shared.teacher.resources.gpus == shared.rollout.resources.gpus == 0.25

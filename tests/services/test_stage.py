@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from services.config import StageConfig
-from services.stage import BadItem, PatienceExceeded, Stage, Unavailable
+from services.stage import BadItem, Busy, PatienceExceeded, Stage, Unavailable
 from services.streams import Ledger, Streams
 from services.trajectory import WireError
 
@@ -196,3 +196,19 @@ async def test_a_stopping_worker_finishes_what_it_holds(streams: Streams) -> Non
         stage.stopping.set()
         go.set()
     assert (await streams.ledger()).depth["rollouts"] == 1
+
+
+def test_work_that_overlaps_is_busy_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("services.stage.time.monotonic", lambda: now)
+    busy = Busy()
+    with busy:
+        now = 103.0
+        with busy:
+            now = 104.0
+        now = 105.0
+        assert busy.seconds == 5.0  # the piece that is worked on counts
+    now = 200.0
+    with busy:
+        now = 201.0
+    assert busy.seconds == 6.0
