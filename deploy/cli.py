@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.config import ConfigError, dump, load, load_teacher
+from deploy.config import ConfigError, dump, load, load_other, load_teacher
 
 if TYPE_CHECKING:
     from deploy.remote import Remote
@@ -110,6 +111,37 @@ def doctor(
         faults += found.verdict == "fault"
         typer.echo(f"{found.verdict:6}{found.what}: {found.said}")
     raise SystemExit(min(faults, 1))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    from_run: Annotated[
+        Path | None, typer.Option("--from", help="A run directory: its rates.")
+    ] = None,
+    rates: Annotated[Path | None, typer.Option(help="A file of rates, docs/plan.md.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Find the best split of so many.", min=1)] = None,
+    cores: Annotated[float, typer.Option(help="What roles without GPUs share; this machine's.")] = (
+        os.cpu_count() or 1
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict from measured rates how fast a run is, what limits it, and who needs which GPUs."""
+    settings = load(config, overrides or ())
+    if (from_run is None) == (rates is None):
+        raise ConfigError("give measured rates: either --from RUN_DIR or --rates FILE")
+    from rich.console import Console
+
+    from deploy import plan as plans
+    from deploy.rates import Rates, of_run
+
+    found = of_run(from_run) if from_run else load_other(Rates, rates or Path())
+    made = plans.make(settings, found, gpus=gpus, cores=cores)
+    if as_json:
+        typer.echo(json.dumps(plans.as_json(made, found), indent=2))
+    else:
+        Console().print(plans.render(made))
 
 
 @app.command(name="eval")

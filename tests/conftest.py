@@ -25,7 +25,9 @@ from services.streams import Streams
 
 # Session fixtures that cost more than their tests, and the files whose tests share them.
 STARTED_ONCE = {
-    "scraped_run": ("deploy/test_dashboards", "deploy/test_pipeline", "deploy/test_resume"),
+    "scraped_run": (
+        "deploy/test_dashboards", "deploy/test_pipeline", "deploy/test_plan", "deploy/test_resume",
+    ),
     "ray_cluster": (
         "deploy/test_scale", "services/test_weight_push", "services/test_weight_store",
         "teacher/test_serve",

@@ -1,0 +1,269 @@
+"""`scope plan`, against a simulated pipeline, brute force and figures put in by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deploy import plan
+from deploy.cli import main
+from deploy.config import ConfigError, RunConfig, load, load_other
+from deploy.rates import Rates, of_records, of_run
+from services.metrics import read
+from tests.deploy.conftest import ROOT
+
+DEMO, PAPER = ROOT / "deploy/runs/demo.yaml", ROOT / "deploy/runs/qwen3-1.7b.yaml"
+RATES = Rates.model_validate(
+    {
+        "about": "put in by hand",
+        "workload": {"prompt_tokens": 100, "completion_tokens": 900, "correct": 0.6,
+                     "incorrect": 0.3, "incorrect_tokens": 1900, "longest_tokens": 4000},
+        "rollout": {"tokens_per_s": 2000},
+        "verifier": {"verdicts_per_s": 50},
+        "teacher": {"tokens_per_s": 8000},
+        "learner": {"tokens_per_s": 6000, "step_s": 5},
+    }
+)  # fmt: skip
+
+
+def simulated(seconds: list[float], under_way: int, steps: int = 2000) -> float:
+    """Seconds a step of stages that each work on one step at a time, in order, where a step is let
+    in when the one `under_way` before it has left."""
+    free, left = [0.0] * len(seconds), [0.0] * under_way
+    for step in range(steps):
+        at = left[step]
+        for stage, takes in enumerate(seconds):
+            free[stage] = at = max(at, free[stage]) + takes
+        left.append(at)
+    return (left[-1] - left[-1 - steps // 2]) / (steps // 2)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.floats(0.1, 10.0), min_size=4, max_size=4),
+    st.integers(min_value=0, max_value=4),
+)
+def test_the_rate_is_that_of_a_pipeline_with_so_many_steps_under_way(
+    seconds: list[float], staleness: int
+) -> None:
+    said = plan._period(dict(zip(plan.ROLES, seconds, strict=True)), staleness + 1)
+    assert said == pytest.approx(simulated(seconds, staleness + 1), rel=0.01)
+
+
+def test_what_a_step_asks_of_each_stage() -> None:
+    config = load(PAPER, ["trainer.groups_per_step=10", "sampling.n=4"])
+    work = plan.work_of(config, RATES)
+    assert work.sampled_tokens == 40 * 900
+    assert work.verdicts == 40
+    assert work.scored_tokens == pytest.approx(40 * 0.3 * 2000)  # incorrect ones only
+    # Two ranks: the perplexities of correct answers are a forward of their own, a third of all.
+    assert work.learned_tokens == pytest.approx(40 * (0.9 + 0.6 / 3) * 1000)
+    assert work.trained_tokens == pytest.approx(40 * 0.9 * 900)
+    opd = plan.work_of(load(PAPER, ["trainer.objective.kind=opd"]), RATES)
+    assert opd.scored_tokens == pytest.approx(256 * 8 * 0.9 * 1000)
+
+
+def test_the_limiting_stage_and_the_rate() -> None:
+    made = plan.make(load(PAPER, ["trainer.max_staleness=2"]), RATES)
+    seconds = {role.name: role.seconds for role in made.roles}
+    assert seconds["rollout"] == pytest.approx(256 * 8 * 900 / (4 * 2000))
+    assert seconds["teacher"] == pytest.approx(256 * 8 * 0.3 * 2000 / (2 * 8000))
+    assert seconds["learner"] == pytest.approx(256 * 8 * 1.1 * 1000 / (2 * 6000) + 5)
+    assert made.limit == "rollout"
+    assert made.step_s == pytest.approx(seconds["rollout"])
+    assert made.trained_tokens_per_s == pytest.approx(256 * 8 * 0.9 * 900 / made.step_s)
+    # The default lets two steps be under way, which is too few for stages as even as these.
+    made = plan.make(load(PAPER), RATES)
+    assert made.step_s == pytest.approx(sum(seconds.values()) / 2)
+    assert made.limit.startswith("admission")
+    synchronous = plan.make(load(PAPER, ["trainer.max_staleness=0"]), RATES)
+    assert synchronous.step_s == pytest.approx(sum(seconds.values()))
+    assert synchronous.limit.startswith("admission")
+
+
+@pytest.mark.parametrize("gpus", [3, 8, 13])
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_no_other_split_is_faster(gpus: int, staleness: int) -> None:
+    config = load(
+        PAPER,
+        [f"trainer.max_staleness={staleness}", "teacher.resources.gpus=0.5",
+         "verifier.workers=100"],
+    )  # fmt: skip
+    rates = RATES.model_copy(
+        update={"teacher": RATES.teacher.model_copy(update={"gpus": 0.5})}  # type: ignore[union-attr]
+    )
+    made = plan.make(config, rates, gpus=gpus)
+    assert made.gpus <= gpus
+    for counts in itertools.product(range(1, gpus + 1), range(1, 2 * gpus + 1), range(1, gpus + 1)):
+        rollout, teacher, ranks = counts
+        if rollout + teacher / 2 + ranks <= gpus:
+            other = plan.make(_with(config, rollout, teacher, ranks), rates)
+            assert made.step_s <= other.step_s * 1.05  # which has a hundred judges
+
+
+def _with(config: RunConfig, rollout: int, teacher: int, ranks: int) -> RunConfig:
+    raw = config.model_dump()
+    raw["rollout"]["workers"], raw["teacher"]["replicas"] = rollout, teacher
+    raw["trainer"]["ranks"] = ranks
+    return RunConfig.model_validate(raw)
+
+
+def test_gpus_that_change_nothing_are_left_over() -> None:
+    """One answer of 4,000 tokens takes its time, however many engines there are."""
+    slow = RATES.model_copy(
+        update={"rollout": RATES.rollout.model_copy(update={"token_s": 0.02})}  # type: ignore[union-attr]
+    )
+    made = plan.make(load(PAPER), slow, gpus=1024)
+    assert made.limit == "rollout"
+    assert made.step_s == pytest.approx(80, rel=0.01)
+    assert made.gpus < 40
+
+
+def test_engines_of_several_gpus_stay_whole() -> None:
+    config = load(
+        PAPER, ["teacher.resources.gpus=4", "teacher.engine.args={tensor_parallel_size: 4}"]
+    )
+    with pytest.raises(ConfigError, match="measured with 1 GPUs and the config gives each 4"):
+        plan.make(config, RATES, gpus=16)
+    rates = RATES.model_copy(
+        update={"teacher": RATES.teacher.model_copy(update={"gpus": 4.0})}  # type: ignore[union-attr]
+    )
+    made = plan.make(config, rates, gpus=16)
+    teacher = next(role for role in made.roles if role.name == "teacher")
+    assert teacher.gpus == 4 * teacher.units
+    with pytest.raises(ConfigError, match="5 GPUs are fewer than one of each role asks for"):
+        plan.make(config, rates, gpus=5)
+
+
+@pytest.mark.parametrize("role", plan.ROLES)
+def test_a_missing_rate_is_named_with_what_measures_it(role: str) -> None:
+    config = load(PAPER)
+    rates = RATES.model_copy(update={role: None})
+    with pytest.raises(ConfigError, match=f"rate of the {role}: .*benchmarks.* measures it"):
+        plan.make(config, rates)
+
+
+def test_a_teacher_that_is_not_asked_needs_no_rate() -> None:
+    rates = RATES.model_copy(update={"teacher": None})
+    made = plan.make(load(PAPER, ["trainer.objective.kind=grpo"]), rates, gpus=8)
+    assert made.roles[2].seconds == 0
+
+
+def test_samples_of_another_model_are_refused() -> None:
+    with pytest.raises(ConfigError, match="kd samples from the teacher"):
+        plan.make(load(PAPER, ["trainer.objective.kind=kd"]), RATES)
+
+
+def _records(steps: int) -> list[dict[str, Any]]:
+    """A run of 10 s a step whose rates are known: 16 groups of 8, lengths 20 + 80."""
+    return [
+        {
+            "step": n, "time": 10.0 * n, "batch/groups": 16, "prompt_length/mean": 20.0,
+            "response_length/mean": 80.0, "response_length/max": 200.0,
+            "response_length/incorrect_mean": 100.0, "reward/accuracy": 0.5,
+            "scope/unknown_fraction": 0.25, "timing_s/wait_groups": 3.0,
+            "timing_s/forward_backward": 4.0, "timing_s/perplexity": 1.0,
+            "timing_s/optimizer": 2.0,
+            "rollout/sampled_tokens": 10_240.0 * n, "rollout/sampling_s": 5.0 * n,
+            "verifier/verdicts": 128.0 * n, "verifier/judging_s": 2.0 * n,
+            "teacher/tokens": 3_840.0 * n, "teacher/asking_s": 12.0 * n, "teacher/workers": 2.0,
+            "cpu_s/rollout": 5.12 * n, "cpu_s/verifier": 1.28 * n, "cpu_s/teacher": 3.84 * n,
+            "cpu_s/learner": 7.0 * n, "cpu_s/other": 1.0 * n, "cpu_s/redis": 1.0 * n,
+        }
+        for n in range(1, steps + 1)
+    ]  # fmt: skip
+
+
+def test_rates_of_known_records() -> None:
+    config = load(DEMO, ["teacher.replicas=3"])
+    rates = of_records(config, _records(12), about="known")
+    assert rates.rollout and rates.verifier and rates.teacher and rates.learner and rates.cpu
+    assert rates.workload.incorrect == pytest.approx(0.25)
+    assert rates.rollout.tokens_per_s == pytest.approx(2048)
+    assert rates.verifier.verdicts_per_s == pytest.approx(64)
+    # Two workers wait 6 s each for what three replicas do.
+    assert rates.teacher.tokens_per_s == pytest.approx(3840 / 6 / 3)
+    learned = 128 * 0.75 * 100
+    assert rates.learner.tokens_per_s == pytest.approx(learned / 5)
+    assert rates.learner.step_s == pytest.approx(2)
+    assert rates.cpu.rollout_token_s == pytest.approx(5.12 / 10_240)
+    assert rates.cpu.learner_token_s == pytest.approx(5 / learned)
+    assert rates.cpu.learner_step_s == pytest.approx(2)
+    assert rates.cpu.other_cores == pytest.approx(0.2)
+
+
+def test_a_replaced_worker_takes_no_work_back() -> None:
+    records = _records(12)
+    for record in records[6:]:
+        record["rollout/sampled_tokens"] -= 10_240.0 * 7
+        record["rollout/sampling_s"] -= 5.0 * 7
+    rates = of_records(load(DEMO), records, about="known")
+    assert rates.rollout and rates.rollout.tokens_per_s == pytest.approx(2048)
+
+
+def test_roles_that_share_cores_add_up() -> None:
+    config = load(DEMO)
+    rates = of_records(config, _records(12), about="known")
+    used = [5.12, 1.28, 3.84, 7.0]
+    made = plan.make(config, rates, cores=2)
+    assert [role.seconds for role in made.roles] == pytest.approx(used)
+    assert made.step_s == pytest.approx(sum(used) / 1.8)
+    assert made.limit.startswith("the cores")
+    alone = plan.make(config, rates, cores=100)
+    assert alone.step_s == pytest.approx(sum(used) / 2)  # two steps under way
+    with pytest.raises(ConfigError, match="leave --gpus out"):
+        plan.make(config, rates, gpus=8)
+    with pytest.raises(ConfigError, match="no processor seconds: a run of some dozen steps"):
+        plan.make(config, rates.model_copy(update={"cpu": None}))
+
+
+def test_the_command_reads_a_file_of_rates_and_its_json_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*arguments: str) -> tuple[str, str]:
+        with pytest.raises(SystemExit):
+            main(["plan", str(PAPER), *arguments])
+        shown = capsys.readouterr()
+        return shown.out, shown.err
+
+    file = tmp_path / "rates.yaml"
+    file.write_text(yaml.safe_dump(RATES.model_dump()))
+    shown, _ = command("--rates", str(file), "--gpus", "8")
+    assert "limited by" in shown and "put in by hand" in shown
+    found = json.loads(command("--rates", str(file), "--gpus", "8", "--json")[0])
+    assert Rates.model_validate(found["rates"]) == RATES
+    assert sum(role["gpus"] for role in found["roles"]) == found["gpus"] <= 8
+    file.write_text("about: x\nworkloads: {}\n")
+    assert "did you mean 'workload'" in command("--rates", str(file))[1]
+    assert "either --from RUN_DIR or --rates FILE" in command()[1]
+
+
+@pytest.mark.slow
+def test_a_real_run_has_every_rate_and_a_short_one_is_refused(run_dir: Path) -> None:
+    rates = of_records(load(run_dir / "config.yaml"), read(run_dir), about="a test")
+    assert rates.rollout and rates.verifier and rates.teacher and rates.cpu
+    assert rates.cpu.rollout_token_s > 0 and rates.cpu.learner_token_s > 0
+    with pytest.raises(ConfigError, match="let it run longer"):
+        of_run(run_dir)
+
+
+def test_the_table_of_sizes_is_what_the_plan_says() -> None:
+    rates = load_other(Rates, ROOT / "docs/assumed-h100.yaml")
+    page = (ROOT / "docs/sizing.md").read_text()
+    rows = re.findall(r"^\| `--gpus (\d+) ?([^`]*)` \| (.*) \|$", page, re.M)
+    assert len(rows) == 5
+    for gpus, override, cells in rows:
+        made = plan.make(load(PAPER, override.split()), rates, gpus=int(gpus))
+        units = {role.name: role.units for role in made.roles}
+        assert cells.split(" | ") == [
+            *(f"{units[role]}" for role in ("rollout", "teacher", "learner")),
+            f"{made.gpus:g}", f"{made.step_s:.3g} s", made.limit.partition(":")[0],
+        ]  # fmt: skip
