@@ -32,11 +32,12 @@ from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Any, Self, TypeAlias
 
+from services.stage import Unavailable
 from services.trajectory import Verdict
 from verifier.bubblewrap import Bubblewrap
 from verifier.cache import VerdictCache
 from verifier.config import CodeConfig
-from verifier.confined import Limit, Limits, Sandbox, Sandboxed
+from verifier.confined import Limit, Limits, NotStarted, Sandbox, Sandboxed, Starved
 from verifier.inside import decode, encode
 from verifier.landlock import Landlock
 
@@ -108,7 +109,12 @@ class CodeJudge:
         """The verdict on the last block of Python code in `completion`.
 
         Time, memory and output limits are part of the task: a program that exceeds one is
-        incorrect. `unknown` is a reference that cannot be read, or tests that cannot be run.
+        incorrect. `unknown` is a reference that cannot be read, tests that cannot be run, or a
+        program that the machine had no processor or memory for (see `Starved`).
+
+        Raises:
+            SandboxRefused: see `Sandbox.open`.
+            Unavailable: a sandbox cannot be made now.
         """
         try:
             tests, limits = read_reference(reference, self._limits)
@@ -119,8 +125,13 @@ class CodeJudge:
             return Verdict("incorrect", "no program found")
         verdict = self._cache.get(source, reference)
         if verdict is None:
-            async with self._place():
-                verdict = await self._run(source, tests, limits)
+            try:
+                async with self._place():
+                    verdict = await self._run(source, tests, limits)
+            except Starved as starved:  # not remembered: next time the machine may be free
+                return Verdict("unknown", f"the program {starved}")
+            except NotStarted as error:
+                raise Unavailable(str(error)) from error
             self._cache.put(verdict, source, reference)
         return verdict
 
@@ -175,7 +186,7 @@ class CodeJudge:
     async def _judge_printed(self, source: str, tests: Printed, limits: Limits) -> Verdict:
         for number, (given, expected) in enumerate(tests.cases, 1):
             async with self._sandbox.open(limits, "program", source) as running:
-                printed, how = await _within(limits, _run(running, given.encode()))
+                printed, how = await running.within(_run(running, given.encode()))
             if how:
                 return Verdict("incorrect", f"case {number}: the program {how}")
             if not same_output(printed.decode(errors="replace"), expected):
@@ -187,9 +198,9 @@ class CodeJudge:
             for number, (arguments, accepted) in enumerate(tests.cases, 1):
                 try:
                     called = _call(running, tests.function, encode(arguments), encode({}))
-                    value = _plain(await _within(limits, called))
+                    value = _plain(await running.within(called))
                 except EOFError:
-                    how = await _within(limits, running.end()) or "ended before it answered"
+                    how = await running.within(running.end()) or "ended before it answered"
                     return Verdict("incorrect", f"case {number}: the program {how}")
                 if not any(same_value(value, expected) for expected in accepted):
                     return Verdict("incorrect", f"case {number}: the value differs")
@@ -206,7 +217,7 @@ class CodeJudge:
         ):
             while True:
                 try:
-                    question = await _within(limits, examiner.receive())
+                    question = await examiner.within(examiner.receive())
                 except EOFError:
                     return _failed(calls, await examiner.end() or "ended early")
                 except Limit as limit:
@@ -217,9 +228,9 @@ class CodeJudge:
                 try:
                     name, given = str(question["call"]), question["args"]
                     called = _call(running, name, given, question["kwargs"])
-                    await examiner.send({"value": await _within(limits, called)})
+                    await examiner.send({"value": await running.within(called)})
                 except EOFError:
-                    how = await _within(limits, running.end()) or "ended before it answered"
+                    how = await running.within(running.end()) or "ended before it answered"
                     return Verdict("incorrect", f"call {calls}: the program {how}")
 
 
@@ -234,14 +245,6 @@ def _failed(calls: int, how: str) -> Verdict:
     if calls:
         return Verdict("incorrect", f"after {calls} calls, a test {how}")
     return Verdict("unknown", f"the tests cannot be run: they {how}")
-
-
-async def _within(limits: Limits, work: Any) -> Any:
-    try:
-        async with asyncio.timeout(limits.wall_s):
-            return await work
-    except TimeoutError:
-        raise Limit(f"took longer than {limits.wall_s:g} s") from None
 
 
 async def _run(running: Sandboxed, given: bytes) -> tuple[bytes, str]:

@@ -26,7 +26,7 @@ class CodeConfig(Config):
     programs: int = Field(default=1, ge=1)
     """How many of one worker's programs run at once."""
     time_s: float = Field(default=10.0, gt=0)
-    """Processor seconds of one test case; it is killed after twice as many on the clock."""
+    """Processor seconds of one test case. docs/verifier.md says how long that may take."""
     memory_mb: int = Field(default=1024, ge=64)
     """Address space of a program, in MiB."""
     disk_mb: int = Field(default=16, ge=1)

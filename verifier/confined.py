@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
-from verifier.inside import LENGTH_BYTES, frame
+from verifier.inside import LENGTH_BYTES, READY, frame
 
 Mode: TypeAlias = Literal["program", "calls", "tests"]
+T = TypeVar("T")
 
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 ENVIRONMENT = {"LANG": "C.UTF-8"}
 _ERRORS_BYTES = 16 * 1024  # of standard error; the rest is thrown away
 _CHUNK_BYTES = 64 * 1024
 _ASK_S = 30.0
+_START_S = 60.0
+_PATIENCE = 4  # times `Limits.wall_s`, for a program that the machine finds no time for
 _THREADS = 64
 _OTHER_PYTHONS = ("/usr/local/bin/python3", "/usr/bin/python3")
 
@@ -37,13 +42,26 @@ class SandboxRefused(RuntimeError):
     """Code cannot be confined here. The message names what is missing."""
 
 
+class NotStarted(RuntimeError):
+    """A sandbox could not be made this time, for lack of memory or processes, say: nothing of
+    the program was run."""
+
+
 class Limit(RuntimeError):
     """A program reached a limit; the message completes the sentence "the program …"."""
 
 
+class Starved(RuntimeError):
+    """A program was ended for what the machine lacked, not for what the program did; the message
+    completes the sentence "the program …"."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program may use. Seconds are the processor's; the clock's may be twice as many."""
+    """What one program may use. Seconds are the processor's. By the clock they may become
+    `wall_s`, and then either the program slept for half of that, or the machine is too busy to
+    run it: a thread that ran or waited for a processor for more than half of it would have used
+    up `time_s` on an idle one."""
 
     time_s: float
     memory_bytes: int
@@ -66,6 +84,8 @@ class Sandboxed:
     process: asyncio.subprocess.Process
     limits: Limits
     overrun: Callable[[], str]
+    _started_at: float = field(default_factory=time.monotonic)
+    _awaited_s: float = 0.0
     _flooded: bool = False
     _errors: bytearray = field(default_factory=bytearray)
     _draining: asyncio.Task[None] | None = None
@@ -119,8 +139,38 @@ class Sandboxed:
                 raise Limit(f"printed more than {self.limits.output_bytes >> 20} MiB")
         return bytes(printed)
 
+    async def within(self, work: Awaitable[T]) -> T:
+        """What `work` gives, which waits for this program. All such waits share `limits.wall_s`,
+        and more if the machine has no time for the program.
+
+        Raises:
+            Limit: the time is over, and the program slept for half of it.
+            Starved: the time is over, and the program was not given enough of a processor.
+        """
+        began = time.monotonic()
+        waiting = asyncio.ensure_future(work)
+        wall_s = self.limits.wall_s
+        try:
+            for most_s in (wall_s, _PATIENCE * wall_s):
+                left_s = most_s - self._awaited_s - (time.monotonic() - began)
+                await asyncio.wait({waiting}, timeout=max(0.0, left_s))
+                if waiting.done():
+                    return waiting.result()
+                if runnable_s(self.process.pid) < most_s - wall_s / 2:
+                    raise Limit(f"took longer than {most_s:g} s, of which it slept {wall_s / 2:g}")
+            raise Starved(
+                f"did not get {self.limits.time_s:g} s of a processor within {most_s:g} s"
+            )
+        finally:
+            waiting.cancel()
+            self._awaited_s += time.monotonic() - began
+
     async def end(self) -> str:
-        """Waits for its end; the empty text if it ended well, or else how, in its own words."""
+        """Waits for its end; the empty text if it ended well, or else how, in its own words.
+
+        Raises:
+            Starved: it was killed from outside, as the kernel does when memory runs out.
+        """
         code = await self.process.wait()
         if self._draining is not None:
             await self._draining
@@ -132,6 +182,11 @@ class Sandboxed:
             code = 128 - code  # died of a signal: as a shell, and bwrap, would say it
         if code == 0:
             return ""
+        if (
+            code == 128 + signal.SIGKILL
+            and time.monotonic() - self._started_at < self.limits.time_s
+        ):
+            raise Starved("was killed before its time was over: is there enough memory?")
         if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
             return f"used more than {self.limits.time_s:g} s"
         said = self._errors.decode(errors="replace").strip().splitlines()
@@ -171,10 +226,11 @@ class Sandbox(Protocol):
         self, limits: Limits, mode: Mode, source: str, *entry_point: str
     ) -> AbstractAsyncContextManager[Sandboxed]:
         """A fresh sandbox that runs `source` in one of the modes of `verifier.inside`, killed at
-        the end. A program may wait for its input forever: the caller keeps `limits.wall_s`.
+        the end. A program may wait for its input forever: see `Sandboxed.within`.
 
         Raises:
             SandboxRefused: it cannot be started.
+            NotStarted: it could not be started this time.
         """
 
 
@@ -192,6 +248,7 @@ async def started(
 
     Raises:
         SandboxRefused: it cannot be started.
+        NotStarted: it ended before the program began, or did not get that far.
     """
     try:
         process = await asyncio.create_subprocess_exec(
@@ -212,6 +269,7 @@ async def started(
     assert process.stdin is not None
     process.stdin.write(code)  # not drained: the next write is, and it might never be read
     try:
+        await _ready(sandboxed)
         yield sandboxed
     finally:
         sandboxed.kill()
@@ -220,6 +278,42 @@ async def started(
         await sandboxed.discard_output()
         await process.wait()
         await draining
+
+
+async def _ready(sandboxed: Sandboxed) -> None:
+    assert sandboxed.process.stdout is not None
+    try:
+        async with asyncio.timeout(_START_S):
+            if await sandboxed.process.stdout.read(len(READY)) != READY:
+                how = await sandboxed.end() or "ended"
+                raise NotStarted(f"no sandbox can be made: a program {how}")
+    except TimeoutError:
+        raise NotStarted(f"no sandbox can be made in {_START_S:g} s") from None
+    except Starved as killed:
+        raise NotStarted(f"no sandbox can be made: a program {killed}") from None
+
+
+def runnable_s(pid: int) -> float:
+    """Seconds in which the thread of `pid` and the processes below it that slept the least ran
+    or waited for a processor (proc(5), `schedstat`); endless where the kernel does not tell."""
+    if not os.path.exists("/proc/self/schedstat"):
+        return math.inf
+    children: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                stat_line = Path(entry.path, "stat").read_text()
+                parent = int(stat_line.rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    longest_ns, left = 0, [pid]
+    while left:
+        process = left.pop()
+        left += children.get(process, [])
+        with suppress(FileNotFoundError, ProcessLookupError):
+            for thread in os.scandir(f"/proc/{process}/task"):
+                ran, waited, _ = Path(thread.path, "schedstat").read_text().split()
+                longest_ns = max(longest_ns, int(ran) + int(waited))
+    return longest_ns / 1e9
 
 
 def told(limits: Limits, mode: Mode, code: bytes, entry_point: Sequence[str]) -> list[str]:

@@ -8,7 +8,8 @@ Standard input brings the source code first. What follows it depends on the mode
     calls     in {"nonce", "call", "args", "kwargs"}, out {"nonce", "value"}
     tests     the reverse: the source is tests, and whom they call is somewhere else
 
-In `calls` and `tests`, standard output carries frames (a length in 4 bytes, big endian, and that
+The first byte of standard output, `READY`, says that the sandbox was made and the code begins. In
+`calls` and `tests`, it then carries frames (a length in 4 bytes, big endian, and that
 many bytes of JSON), and what the code prints is dropped. What takes long to import is imported
 by the mode that needs it: a bare program starts in half the time that `import json` takes.
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 LENGTH_BYTES = 4
+READY = b"\0"
 _READ_BYTES = 1 << 16
 _OPEN_FILES = 64
 _RECURSION = 50_000
@@ -107,6 +109,7 @@ def main() -> None:
     mode, cpu_s, memory, disk, threads, size, *entry_point = sys.argv[1:]
     source = _read(int(size)).decode()
     _limit(int(cpu_s), int(memory), int(disk), int(threads))
+    os.write(1, READY)
     if mode == "program":
         _run_program(source)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import secrets
@@ -11,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from verifier.confined import Limit, Limits, Sandbox, SandboxRefused
+from verifier.confined import Limit, Limits, NotStarted, Sandbox, SandboxRefused, Starved
 
 Level: TypeAlias = Literal["bubblewrap", "landlock"]
 
@@ -75,12 +74,15 @@ async def check(sandbox: Sandbox, level: Level) -> None:
         host.bind(("127.0.0.1", 0))
         host.listen()
         told = json.dumps([level, secret.name, host.getsockname()[1], os.getpid()])
-        printed, how = await _run(sandbox, _ATTEMPTS, told)
+        try:
+            printed, how = await _run(sandbox, _ATTEMPTS, told)
+        except NotStarted as error:
+            told = f". {missing()}" if level == "bubblewrap" else ""
+            raise SandboxRefused(f"{error}{told}") from error
         try:
             escaped = json.loads(printed)
         except ValueError:
-            told = f". {missing()}" if level == "bubblewrap" else ""
-            raise SandboxRefused(f"no sandbox can be made: a program {how}{told}") from None
+            raise SandboxRefused(f"the probe of the sandbox {how or 'said nothing'}") from None
         if Path(secret.name).stat().st_mode & 0o777 != 0o644:
             escaped.append("change a file of the host")
     _, how = await _run(sandbox, _FILLER, "")
@@ -93,13 +95,10 @@ async def check(sandbox: Sandbox, level: Level) -> None:
 async def _run(sandbox: Sandbox, source: str, given: str) -> tuple[bytes, str]:
     """What the program prints, and how it ended (see `Sandboxed.end`)."""
     try:
-        async with (
-            asyncio.timeout(_LIMITS.wall_s),
-            sandbox.open(_LIMITS, "program", source) as running,
-        ):
+        async with sandbox.open(_LIMITS, "program", source) as running:
             await running.write(given.encode() + b"\n", last=True)
-            return await running.output(), await running.end()
-    except (TimeoutError, Limit) as error:
+            return await running.within(running.output()), await running.within(running.end())
+    except (Limit, Starved) as error:
         raise SandboxRefused(f"the probe of the sandbox did not end: {error}") from error
 
 

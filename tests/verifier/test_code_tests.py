@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 
+from services.stage import Unavailable
 from services.trajectory import Verdict
 from verifier import code_tests
 from verifier.code_tests import CodeJudge, program, same_output, same_value
 from verifier.config import CodeConfig
+from verifier.confined import Limits
 
 CONFIG = CodeConfig(time_s=2, memory_mb=256, disk_mb=1, output_mb=1)
 
@@ -189,6 +199,94 @@ async def test_outputs(printed: str, expected: str, same: bool) -> None:
 )
 async def test_values(value: object, expected: object, same: bool) -> None:
     assert same_value(value, expected) is same
+
+
+# ------------------------------------------------------- whose fault it is that there is no result
+
+
+@pytest.fixture
+def short_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Limits, "wall_s", property(lambda self: 0.5))
+
+
+@pytest.fixture
+def crowded() -> Iterator[int]:
+    """A processor that others keep busy."""
+    place = min(os.sched_getaffinity(0))
+    spinning = f"import os\nos.sched_setaffinity(0, [{place}])\nwhile True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spinning]) for _ in range(3)]
+    yield place
+    for other in others:
+        other.kill()
+        other.wait()
+
+
+async def program_of(judging: asyncio.Task[Verdict]) -> psutil.Process:
+    """The process of the endless program that is judged now."""
+    async with asyncio.timeout(20):
+        while not judging.done():
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    told = " ".join(process.cmdline())
+                    if ("/inside.py" in told or "/landlocked.py" in told) and (
+                        process.cpu_times().user >= 0.1
+                    ):
+                        return process
+            await asyncio.sleep(0.001)
+    raise AssertionError(judging.result())
+
+
+@pytest.mark.usefixtures("short_wall")
+async def test_a_program_that_the_machine_had_no_time_for_is_not_incorrect(
+    judge: CodeJudge, landlock: CodeJudge, crowded: int
+) -> None:
+    for level in (judge, landlock):
+        judging = asyncio.create_task(level.judge("while True: pass", json.dumps(SUM)))
+        program = await program_of(judging)
+        program.cpu_affinity([crowded])
+        os.sched_setscheduler(program.pid, os.SCHED_IDLE, os.sched_param(0))
+        assert await judging == Verdict(
+            "unknown",
+            "the program did not get 2 s of a processor within 2 s",
+        )
+
+
+@pytest.mark.usefixtures("short_wall")
+@pytest.mark.parametrize(
+    ("source", "reference"),
+    [
+        ("import time\ntime.sleep(3600)", SUM),
+        ("import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()", SUM),
+        ("import time\ndef add(a, b):\n time.sleep(0.1)\n return a + b",
+         {"inputs": [[1, 2]] * 99, "outputs": [3] * 99, "fn_name": "add"}),
+        ("import time\ndef double(x):\n time.sleep(0.4)\n return x + x", HUMAN_EVAL),
+    ],
+    ids=["it sleeps", "it waits for itself", "it sleeps in each call", "and so in each test"],
+)  # fmt: skip
+async def test_a_program_that_sleeps_until_its_time_is_over_is_incorrect(
+    judge: CodeJudge, source: str, reference: Any
+) -> None:
+    verdict = await judge.judge(source, json.dumps(reference))
+    assert verdict.outcome == "incorrect"
+    assert re.search(r"took longer than (0.5|2) s, of which it slept 0.25$", verdict.reason)
+
+
+async def test_a_program_that_is_killed_from_outside_is_not_incorrect(judge: CodeJudge) -> None:
+    """As the kernel kills when the machine's memory runs out."""
+    patient = CodeJudge(judge._sandbox, CodeConfig(time_s=3600), 0)
+    judging = asyncio.create_task(patient.judge("while True: pass", json.dumps(SUM)))
+    (await program_of(judging)).kill()
+    assert await judging == Verdict(
+        "unknown",
+        "the program was killed before its time was over: is there enough memory?",
+    )
+
+
+async def test_a_sandbox_that_cannot_be_made_judges_nobody(judge: CodeJudge) -> None:
+    """Its items wait until one can be made, as for anything else that is out of reach."""
+    broken = replace(judge._sandbox, command=(*judge._sandbox.command, "--ro-bind", "/no", "/no"))  # type: ignore[type-var]
+    with pytest.raises(Unavailable, match=r"no sandbox can be made: a program failed \(bwrap: "):
+        await CodeJudge(broken, CONFIG, 0).judge("print(6)", json.dumps(SUM))
 
 
 async def test_slow_programs_do_not_take_all_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
