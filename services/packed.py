@@ -3,10 +3,12 @@
 All sequences of a batch lie one after another in one row of `T` tokens. Linear layers see just
 those tokens; attention alone looks at the boundaries, through an attention function registered
 with transformers, so any causal model that supports its attention interface works unchanged.
+Samples of one prompt may share it: it lies there once, in front of what follows it in each.
 The `[tokens, vocab]` matrix never exists as a whole: log-probs come out of the hidden states in
 chunks, each recomputed in the backward pass.
 
-Axes: `T` tokens of the pack, `S` sequences, `H` hidden, `V` vocabulary, `C` scored tokens.
+Axes: `T` tokens of the pack, `S` segments (mostly whole sequences), `H` hidden, `V` vocabulary,
+`C` scored tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 ATTENTION = "scope_packed"
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of float32 logits that exist at once
+MIN_PREFIX = 16  # tokens; a shorter beginning costs more to share than to compute again
 BUCKET_RATIO = 1.5  # longest to shortest of the sequences whose attention is computed in one batch
 
 
@@ -70,16 +73,18 @@ class Buckets:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Sequences laid end to end, and which of their tokens are to be scored."""
+    """Segments laid end to end, and which tokens are to be scored."""
 
     token_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, from 0 in each sequence
-    cu_seqlens: Tensor  # [S + 1] int32, where each sequence starts
-    max_seqlen: int
+    cu_seqlens: Tensor  # [S + 1] int32, where each segment starts
+    max_seqlen: int  # of whole sequences
     sources: Tensor  # [C] place in the pack of the token before each scored one
     targets: Tensor  # [C] the scored token ids
     lengths: tuple[int, ...]  # scored tokens of each sequence, sums to C
     buckets: Buckets
+    # Where each shared beginning starts and ends, and where the last of those that follow it ends.
+    prefixes: tuple[tuple[int, int, int], ...] = ()
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack on `device`; the copy does not wait for what the device works on."""
@@ -94,8 +99,14 @@ class Pack:
         )
 
 
-def pack(sequences: Sequence[Sequence[int] | npt.NDArray[np.int32]], starts: Sequence[int]) -> Pack:
-    """Packs token id sequences; tokens from `starts[i]` on are scored in sequence `i`.
+def pack(
+    sequences: Sequence[Sequence[int] | npt.NDArray[np.int32]],
+    starts: Sequence[int],
+    *,
+    share: bool = False,
+) -> Pack:
+    """Packs token id sequences; tokens from `starts[i]` on are scored in sequence `i`. To `share`
+    is to lay what stands before the start once for all sequences in which it is the same.
 
     Raises:
         ValueError: a start is 0 (the first token has nothing before it) or past the end.
@@ -104,26 +115,59 @@ def pack(sequences: Sequence[Sequence[int] | npt.NDArray[np.int32]], starts: Seq
         if not 1 <= start <= len(ids):
             raise ValueError(f"cannot score from token {start} of a sequence of {len(ids)}")
     none = np.empty(0, np.int64)
-    lengths = np.array([len(ids) for ids in sequences], np.int64)
-    ends = np.cumsum(lengths)
-    token_ids = np.concatenate([none, *(np.asarray(ids, np.int64) for ids in sequences)])
-    sources = [
-        np.arange(end - len(ids) + start - 1, end - 1)
-        for end, ids, start in zip(ends, sequences, starts, strict=True)
-    ]
-    source = np.concatenate([none, *sources])
+    tokens, positions, bounds = [none], [none], [0]
+    sources, prefixes = [none] * len(sequences), []
+
+    def lay(ids: Sequence[int] | npt.NDArray[np.int32], first: int) -> int:
+        """Adds a segment, if `ids` are any, whose first token has position `first`; where it is."""
+        if not len(ids):
+            return bounds[-1]
+        tokens.append(np.asarray(ids, np.int64))
+        positions.append(np.arange(first, first + len(ids)))
+        bounds.append(bounds[-1] + len(ids))
+        return bounds[-2]
+
+    for family in families(sequences, starts) if share else [[i] for i in range(len(sequences))]:
+        start = starts[family[0]]
+        if len(family) == 1:
+            at = lay(sequences[family[0]], 0)
+            sources[family[0]] = np.arange(at + start - 1, bounds[-1] - 1)
+            continue
+        at = lay(sequences[family[0]][:start], 0)
+        for place in family:  # nothing is predicted from the last token
+            after = lay(sequences[place][start:-1], start)
+            scored = np.arange(after - 1, after + len(sequences[place]) - start - 1)
+            scored[:1] = at + start - 1
+            sources[place] = scored
+        prefixes.append((at, at + start, bounds[-1]))
+    targets = (np.asarray(ids[at:], np.int64) for ids, at in zip(sequences, starts, strict=True))
     return Pack(
-        token_ids=torch.from_numpy(token_ids),
-        position_ids=torch.from_numpy(
-            np.arange(len(token_ids)) - np.repeat(ends - lengths, lengths)
-        ),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        max_seqlen=int(lengths.max()) if len(lengths) else 0,
-        sources=torch.from_numpy(source),
-        targets=torch.from_numpy(token_ids[source + 1]),
+        token_ids=torch.from_numpy(np.concatenate(tokens)),
+        position_ids=torch.from_numpy(np.concatenate(positions)),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=max(map(len, sequences), default=0),
+        sources=torch.from_numpy(np.concatenate([none, *sources])),
+        targets=torch.from_numpy(np.concatenate([none, *targets])),
         lengths=tuple(len(s) for s in sources),
-        buckets=Buckets.of(lengths.tolist()),
+        buckets=Buckets.of(np.diff(bounds).tolist()),
+        prefixes=tuple(p for p in prefixes if p[1] < p[2]),
     )
+
+
+def families(
+    sequences: Sequence[Sequence[int] | npt.NDArray[np.int32]], starts: Sequence[int]
+) -> list[list[int]]:
+    """Places of sequences with the same tokens before their starts, together; short ones alone."""
+    found: dict[object, list[int]] = {}
+    for place, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+        key = tuple(ids[:start]) if start >= MIN_PREFIX else place
+        found.setdefault(key, []).append(place)
+    return list(found.values())
+
+
+def can_share(model: PreTrainedModel) -> bool:
+    """Whether `pack` may share prefixes: the attention for it exists on the CPU only."""
+    return model.device.type == "cpu" and not hasattr(model.config.get_text_config(), "v_head_dim")
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -161,6 +205,7 @@ def hidden_states(model: PreTrainedModel, pack: Pack) -> Tensor:
         cu_seq_lens_q=pack.cu_seqlens,
         max_length_q=pack.max_seqlen,
         buckets=pack.buckets,
+        prefixes=pack.prefixes,
     )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden[pack.sources]
@@ -342,7 +387,7 @@ def score_top(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """As `score`, with the `top` most likely tokens at each place: log-probs [t], token ids
     [t, top] and their log-probs [t, top] of each sequence, on the CPU."""
-    batch = pack(sequences, starts).to(model.device)
+    batch = pack(sequences, starts, share=can_share(model)).to(model.device)
     hidden = hidden_states(model, batch)
     head = output_head(model)
     found = [
@@ -377,6 +422,7 @@ def _packed_attention(
     cu_seq_lens_q: Tensor,
     max_length_q: int,
     buckets: Buckets,
+    prefixes: tuple[tuple[int, int, int], ...] = (),
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -385,6 +431,8 @@ def _packed_attention(
     """Causal attention within each sequence of the pack (transformers' attention interface)."""
     if dropout or (sliding_window and sliding_window < max_length_q):
         raise ValueError("packed attention has no dropout and no sliding window")
+    if prefixes:
+        return _cascaded(query, key, value, buckets, prefixes, scaling), None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
     return _bucketed(query, key, value, buckets, scaling), None
@@ -427,6 +475,39 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _cascaded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    buckets: Buckets,
+    prefixes: tuple[tuple[int, int, int], ...],
+    scale: float | None,
+) -> Tensor:
+    """[1, T, heads, D]; each segment on itself, then all that follows a prefix on that, at once.
+    The two are parts of one softmax, and weigh as their normalisers do, which have no gradient."""
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise ValueError("sequences that share a prefix can be scored, not trained on")
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    heads = query.shape[1] // key.shape[1]  # of the query to one of the key
+    outputs, normalisers = [], []
+    for places, real in zip(buckets.places, buckets.real, strict=True):
+        q, k, v = (x[0][:, places].transpose(0, 1) for x in (query, key, value))
+        k, v = (x.repeat_interleave(heads, 1) for x in (k, v))
+        out, normaliser = flash(q, k, v, is_causal=True, scale=scale)
+        outputs.append(out.transpose(1, 2)[real])
+        normalisers.append(normaliser.transpose(1, 2)[real])
+    output, own = torch.cat(outputs)[buckets.back], torch.cat(normalisers)[buckets.back]
+    for start, middle, end in prefixes:
+        q = query[0, :, middle:end].reshape(1, key.shape[1], -1, query.shape[3])
+        out, shared = flash(q, key[:, :, start:middle], value[:, :, start:middle], scale=scale)
+        out, shared = (
+            x.reshape(query.shape[1], end - middle, -1).transpose(0, 1) for x in (out, shared)
+        )
+        weight = torch.sigmoid(shared - own[middle:end, :, None])
+        output[middle:end].lerp_(out, weight.to(out.dtype))
+    return output[None]
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)

@@ -1,4 +1,7 @@
-"""Scoring with transformers: one prefill over packed sequences, nothing generated or cached."""
+"""Scoring with transformers: one prefill over packed sequences, nothing generated or cached.
+
+request ─▶ its completions of one prompt ─▶ batcher ─▶ forward: that prompt once, in front of them
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,21 @@ _Answer: TypeAlias = tuple[Tensor, Tensor, Tensor]  # log-probs [T], ids [T, k],
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    token_ids: Sequence[int]
+    """Sequences that share what stands before `start`, and go through one forward."""
+
+    sequences: Sequence[Sequence[int]]
     start: int
     top: int
+
+    @property
+    def tokens(self) -> int:
+        return self.start + sum(len(ids) - self.start for ids in self.sequences)
 
 
 class PackedScorer:
     """Scores any number of sequences, of many callers at once, in forwards of at most
-    `batch_tokens` tokens. The `[tokens, vocab]` matrix never exists as a whole.
+    `batch_tokens` tokens. The `[tokens, vocab]` matrix never exists as a whole. On a CPU, a prompt
+    that several sequences of one call share is computed once for all of them in one forward.
 
     Args:
         model: a causal language model in evaluation mode. It is switched to packed attention.
@@ -39,9 +49,8 @@ class PackedScorer:
 
     def __init__(self, model: PreTrainedModel, *, batch_tokens: int) -> None:
         self._model = packed.prepare(model)
-        self._batcher = Batcher(
-            self._forward, cost=lambda work: len(work.token_ids), budget=batch_tokens
-        )
+        self._batch_tokens = batch_tokens
+        self._batcher = Batcher(self._forward, cost=lambda work: work.tokens, budget=batch_tokens)
 
     async def score(
         self, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int = 0
@@ -53,17 +62,17 @@ class PackedScorer:
             ScoringError: a log-prob is not finite or is positive.
         """
         check_starts(sequences, starts)  # before they join a batch, and its error is others' too
-        # Neighbours in a forward should be of like length, because attention on a CPU pads to
-        # the longest. Longest first, so that what does not fit is found out at once.
-        places = sorted(
-            (place for place, start in enumerate(starts) if start < len(sequences[place])),
-            key=lambda place: -len(sequences[place]),
-        )
+        parts = self._parts(sequences, starts)
         answers = await asyncio.gather(
-            *(self._batcher.submit(_Work(sequences[i], starts[i], top)) for i in places)
+            *(
+                self._batcher.submit(_Work([sequences[i] for i in part], starts[part[0]], top))
+                for part in parts
+            )
         )
         scores = [TokenScores.empty(top) for _ in sequences]
-        for place, (logprobs, ids, values) in zip(places, answers, strict=True):
+        places = [place for part in parts for place in part]
+        flat = [answer for part in answers for answer in part]
+        for place, (logprobs, ids, values) in zip(places, flat, strict=True):
             count = len(sequences[place]) - starts[place]
             ids, values = ids[:, :top], values[:, :top]  # others may have wanted more
             try:
@@ -81,10 +90,40 @@ class PackedScorer:
         """Lets the thread end."""
         self._batcher.close()
 
-    def _forward(self, batch: Sequence[_Work]) -> list[_Answer]:
-        return packed.score_top(
-            self._model,
-            [work.token_ids for work in batch],
-            [work.start for work in batch],
-            max(work.top for work in batch),
+    def _parts(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[list[int]]:
+        """Places of what goes through the model together: one sequence, or several after one
+        prompt, as far as the budget goes.
+
+        Neighbours in a forward should be of like length, because attention on a CPU pads to the
+        longest. Longest first, so that what does not fit is found out at once.
+        """
+        wanted = sorted(
+            (place for place, start in enumerate(starts) if start < len(sequences[place])),
+            key=lambda place: -len(sequences[place]),
         )
+        if not packed.can_share(self._model):
+            return [[place] for place in wanted]
+        parts: list[list[int]] = []
+        for family in packed.families(
+            [sequences[place] for place in wanted], [starts[place] for place in wanted]
+        ):
+            parts.append([])
+            left = self._batch_tokens - starts[wanted[family[0]]]
+            for place in (wanted[member] for member in family):
+                left -= len(sequences[place]) - starts[place]
+                if parts[-1] and left < 0:
+                    parts.append([])
+                    left = self._batch_tokens - len(sequences[place])
+                parts[-1].append(place)
+        return parts
+
+    def _forward(self, batch: Sequence[_Work]) -> list[list[_Answer]]:
+        answers = iter(
+            packed.score_top(
+                self._model,
+                [ids for work in batch for ids in work.sequences],
+                [work.start for work in batch for _ in work.sequences],
+                max(work.top for work in batch),
+            )
+        )
+        return [[next(answers) for _ in work.sequences] for work in batch]

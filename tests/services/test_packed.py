@@ -42,6 +42,50 @@ def test_packing_changes_no_logprob(batch: tuple[list[list[int]], list[int]]) ->
         assert g == pytest.approx(e, abs=1e-4)
 
 
+@st.composite
+def samples(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
+    """Samples of a few prompts, short and long ones, in any order; some of them empty."""
+    token = st.integers(0, VOCAB - 1)
+    lengths = st.integers(1, packed.MIN_PREFIX - 1) | st.integers(packed.MIN_PREFIX, 60)
+    prompts = draw(st.lists(lengths.flatmap(lambda n: st.lists(token, min_size=n, max_size=n)),
+                            min_size=1, max_size=3))  # fmt: skip
+    chosen = draw(st.lists(st.sampled_from(prompts), min_size=1, max_size=9))
+    completions = [draw(st.lists(token, max_size=30)) for _ in chosen]
+    completions[0] = completions[0] or [1]
+    return [p + c for p, c in zip(chosen, completions, strict=True)], [len(p) for p in chosen]
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples())
+def test_sharing_what_stands_before_the_completions_changes_no_logprob(
+    batch: tuple[list[list[int]], list[int]],
+) -> None:
+    sequences, starts = batch
+    expected = [plain_logprobs(tiny_model(), s, i) for s, i in zip(sequences, starts, strict=True)]
+    got = packed.score_top(packed.prepare(tiny_model()), sequences, starts, 0)
+    assert [len(g) for g, _, _ in got] == [len(e) for e in expected]
+    for (g, _, _), e in zip(got, expected, strict=True):
+        assert g.tolist() == pytest.approx(e, abs=1e-4)
+
+
+def test_what_is_shared_is_computed_once() -> None:
+    """A prompt of 50 tokens with three completions, and their last tokens not at all."""
+    prompt = [2 + i % 20 for i in range(50)]
+    sequences = [[*prompt, *range(2, 2 + n)] for n in (1, 5, 9)]
+    sequences.insert(1, [3, 4, 5])
+    pack = packed.pack(sequences, [50, 1, 50, 50], share=True)
+    assert len(pack.token_ids) == 50 + 0 + 4 + 8 + 3
+    assert pack.max_seqlen == 59
+    assert pack.lengths == (1, 2, 5, 9)
+
+
+def test_what_is_shared_is_not_trained_on() -> None:
+    model = packed.prepare(tiny_model())
+    pack = packed.pack([[2] * 30 + [3, 4], [2] * 30 + [4, 5]], [30, 30], share=True)
+    with pytest.raises(ValueError, match="can be scored, not trained on"):
+        packed.token_logprobs(model, pack, [1.0])
+
+
 def test_one_row_a_temperature() -> None:
     sequences, starts = [[2, 3, 4, 5, 6], [7, 8, 9]], [1, 2]
     model = tiny_model()

@@ -12,7 +12,7 @@ from services import packed
 from services.models import load_model
 from teacher.packed_scorer import PackedScorer
 from teacher.scorer import ScoringError
-from tests.teacher.conftest import Reference
+from tests.teacher.conftest import VOCABULARY, Reference
 
 Sequences = list[tuple[list[int], list[int]]]
 
@@ -56,6 +56,45 @@ async def test_no_forward_exceeds_the_budget_but_for_one_long_sequence(
     assert len(lengths) == len(sequences)
     assert all(sum(forward) <= 50 or len(forward) == 1 for forward in forwards)
     assert any(len(forward) > 1 for forward in forwards)
+
+
+async def test_samples_of_a_prompt_share_it_as_far_as_the_budget_goes(
+    model_dir: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of 30 and 20 tokens, five samples each of 1 to 9 tokens, in any order."""
+    forwards: list[int] = []
+    real = packed.hidden_states
+
+    def recording(model: Any, pack: packed.Pack) -> Any:
+        forwards.append(len(pack.token_ids))
+        return real(model, pack)
+
+    monkeypatch.setattr(packed, "hidden_states", recording)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, VOCABULARY, n).tolist() for n in (30, 20)]
+    asked = [
+        (prompts[place], rng.integers(0, VOCABULARY, length).tolist())
+        for place, length in (
+            (0, 9),
+            (1, 7),
+            (0, 1),
+            (1, 5),
+            (0, 8),
+            (1, 2),
+            (0, 3),
+            (1, 1),
+            (0, 0),
+        )
+    ]
+    for budget, expected in ((1000, [30 + 17 + 20 + 11]), (40, [39, 38, 30 + 2, 20 + 11])):
+        forwards.clear()
+        scorer = PackedScorer(load_model(str(model_dir)), batch_tokens=budget)
+        for (prompt, completion), score in zip(
+            asked, await scorer.score(*_split(asked)), strict=True
+        ):
+            wanted = reference.score(prompt, completion)
+            np.testing.assert_allclose(score.logprobs, wanted, atol=1e-4)
+        assert forwards == expected
 
 
 async def test_calls_at_the_same_time_each_get_their_own_scores(
