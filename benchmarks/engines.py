@@ -1,9 +1,11 @@
 """Tokens/s of the rollout's and the teacher's engines, and how soon new weights are sampled from.
 
-    python -m benchmarks.engines --json benchmarks/results/engines-cpu.json
+    python -m benchmarks.engines rollout --json benchmarks/results/engines-rollout-cpu.json
+    python -m benchmarks.engines scoring --json benchmarks/results/engines-scoring-cpu.json
 
-The same prompts go to the transformers engine, to our vLLM engine, and to vLLM's own `generate`
-in the same processes; so what ours costs on top of vLLM shows, and nothing else.
+The same prompts go to the transformers engine, to our vLLM engine, and to vLLM's own `generate`:
+in the same processes, so what ours costs on top of vLLM shows and nothing else; and, for rollout,
+in an engine of its own with vLLM's defaults and without seeds, which says what our settings cost.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from rollout.config import RolloutConfig
 from rollout.engine import Engine, build_engine
+from services import vllm_core
 from services.models import probe_tokens
 from services.packed import prepare, score
 from services.trajectory import Sampling
@@ -41,9 +45,15 @@ from teacher.config import TeacherConfig
 from teacher.scorer import build_scorer
 
 PROMPTS, PROMPT_TOKENS, N, NEW_TOKENS = 8, 64, 8, 64
-SEQUENCES, SEQUENCE_TOKENS = 24, 256
-ROUNDS = 4
+ROUNDS = 3
 ARGS = {"kv_cache_memory_bytes": 1 << 30}
+# Of what is scored: prompts, tokens of each, answers to each, tokens of each answer.
+SHAPES = {
+    "one answer a prompt": (12, 128, 1, 128),
+    "long prompt, 8 short answers": (1, 512, 8, 32),
+    "prompt 4 times an answer, 8 answers": (1, 512, 8, 128),
+    "short prompt, 8 long answers": (1, 64, 8, 448),
+}
 
 
 def make_model(directory: Path) -> Qwen3ForCausalLM:
@@ -52,7 +62,7 @@ def make_model(directory: Path) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=16_384, hidden_size=512, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, intermediate_size=1536, max_position_embeddings=1024,
+        num_key_value_heads=4, head_dim=64, intermediate_size=1536, max_position_embeddings=2048,
         tie_word_embeddings=True, eos_token_id=16_383,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).eval()
@@ -109,6 +119,7 @@ async def rollout(directory: Path, model: Qwen3ForCausalLM) -> dict[str, Any]:
     weights = published(model, 1)
     for engine in engines.values():
         await engine.load_weights(weights)
+    plain = await asyncio.to_thread(plain_vllm, directory)
 
     async def ours(engine: Engine) -> int:
         groups = await asyncio.gather(
@@ -116,22 +127,41 @@ async def rollout(directory: Path, model: Qwen3ForCausalLM) -> dict[str, Any]:
         )
         return sum(len(c.token_ids) for group in groups for c in group.completions)
 
-    async def bare() -> int:
+    async def bare(llm: Any, *, seeded: bool) -> int:
         params = {"n": N, "max_tokens": NEW_TOKENS, "logprobs": 0, "temperature": 1.0}
-        llm = engines["vllm"]._llm
         outputs = await asyncio.gather(
-            *(generated(llm, p, seed=i, **params) for i, p in enumerate(prompts))
+            *(
+                generated(llm, p, seed=i if seeded else None, **params)
+                for i, p in enumerate(prompts)
+            )
         )
         return sum(len(c.token_ids) for output in outputs for c in output.outputs)
 
     figures = await race(
         {name: (lambda engine=engine: ours(engine)) for name, engine in engines.items()}
-        | {"bare vllm": bare}
+        | {"bare vllm": lambda: bare(engines["vllm"]._llm, seeded=True)}
+        | {"bare vllm, its defaults": lambda: bare(plain.llm, seeded=False)}
     )
+    await plain.close()
     first = {name: await first_token_s(engine, weights) for name, engine in engines.items()}
     for engine in engines.values():
         await engine.close()
     return figures | {"weights_to_first_token_s": first}
+
+
+def plain_vllm(directory: Path) -> vllm_core.Running:
+    """vLLM as it comes, but for what makes it start on a CPU within seconds."""
+    return vllm_core.start(
+        AsyncEngineArgs(
+            model=str(directory),
+            dtype="float32",
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            **ARGS,
+        ),
+        "bare vllm",
+    )
 
 
 async def first_token_s(engine: Engine, weights: Weights) -> float:
@@ -146,32 +176,45 @@ async def first_token_s(engine: Engine, weights: Weights) -> float:
 
 
 async def scoring(directory: Path) -> dict[str, Any]:
-    """Tokens/s of scoring the second half of each sequence; all of its tokens are counted."""
-    random = np.random.default_rng(1)
-    sequences = random.integers(0, 16_000, (SEQUENCES, SEQUENCE_TOKENS)).tolist()
-    starts = [SEQUENCE_TOKENS // 2] * SEQUENCES
+    """Tokens/s of scoring answers of each shape. All tokens of all sequences are counted, the
+    prompt once for each of its answers: that is what was asked for."""
     scorers: dict[str, Any] = {
         "packed": build_scorer(_teacher("transformers", directory)),
         "vllm": await asyncio.to_thread(build_scorer, _teacher("vllm", directory)),
     }
 
+    figures = {name: await race(scoring_work(scorers, *shape)) for name, shape in SHAPES.items()}
+    await scorers["vllm"].close()
+    return figures
+
+
+def scoring_work(
+    scorers: dict[str, Any], prompts: int, before: int, n: int, after: int
+) -> dict[str, Callable[[], Awaitable[int]]]:
+    """What is raced for `prompts` of `before` tokens with `n` answers of `after` tokens each."""
+    random = np.random.default_rng(1)
+    sequences = [
+        prompt + random.integers(0, 16_000, after).tolist()
+        for prompt in random.integers(0, 16_000, (prompts, before)).tolist()
+        for _ in range(n)
+    ]
+
     async def ours(scorer: Any) -> int:
-        await scorer.score(sequences, starts)
-        return SEQUENCES * SEQUENCE_TOKENS
+        await scorer.score(sequences, [before] * len(sequences))
+        return sum(map(len, sequences))
 
     async def bare() -> int:
         llm = scorers["vllm"]._llm
         await asyncio.gather(
             *(generated(llm, ids, max_tokens=1, prompt_logprobs=0) for ids in sequences)
         )
-        return SEQUENCES * SEQUENCE_TOKENS
+        return sum(map(len, sequences))
 
-    figures = await race(
-        {name: (lambda scorer=scorer: ours(scorer)) for name, scorer in scorers.items()}
-        | {"bare vllm": bare}
-    )
-    await scorers["vllm"].close()
-    return figures
+    work: dict[str, Callable[[], Awaitable[int]]] = {
+        name: (lambda scorer=scorer: ours(scorer))  # type: ignore[misc]
+        for name, scorer in scorers.items()
+    }
+    return work | {"bare vllm": bare}
 
 
 def _rollout(kind: str) -> RolloutConfig:
@@ -209,29 +252,33 @@ def table(result: dict[str, Any]) -> Table:
     made = Table(
         "engine", "tokens/s", "own CPU s per 1,000 tokens", "s from new weights to first token"
     )
-    first = result["rollout"]["weights_to_first_token_s"]
-    for role in ("rollout", "scoring"):
-        for name, rate in result[role]["tokens_per_s"].items():
-            seconds = f"{first[name]:.3f}" if role == "rollout" and name in first else ""
-            cost = result[role]["own_cpu_s_per_1000_tokens"][name]
-            made.add_row(f"{role}: {name}", f"{rate:,.0f}", f"{cost:.3f}", seconds)
+    for what, figures in result["figures"].items():
+        first = figures.get("weights_to_first_token_s", {})
+        for name, rate in figures["tokens_per_s"].items():
+            seconds = f"{first[name]:.3f}" if name in first else ""
+            cost = figures["own_cpu_s_per_1000_tokens"][name]
+            made.add_row(f"{what}: {name}", f"{rate:,.0f}", f"{cost:.3f}", seconds)
     return made
 
 
-async def measure() -> dict[str, Any]:
-    """Everything, one engine after the other."""
+async def measure(role: str) -> dict[str, Any]:
+    """All engines of one role."""
     with tempfile.TemporaryDirectory() as name:
         model = make_model(Path(name))
         prepare(model)
-        rolled = await rollout(Path(name), model)
-        return {"machine": machine(), "rollout": rolled, "scoring": await scoring(Path(name))}
+        if role == "rollout":
+            figures = {role: await rollout(Path(name), model)}
+        else:
+            figures = await scoring(Path(name))
+        return {"machine": machine(), "figures": figures}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("role", choices=("rollout", "scoring"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result = asyncio.run(measure())
+    result = asyncio.run(measure(options.role))
     Console().print(table(result))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -20,6 +20,7 @@ from rollout.engine import (
     Completion,
     Engine,
     EngineDied,
+    SamplingError,
     WeightsMismatch,
     build_engine,
     check_engine,
@@ -339,6 +340,20 @@ async def test_a_cancelled_call_frees_its_place(engine: Any) -> None:
     assert engine._llm.get_num_unfinished_requests() == 0
     async with asyncio.timeout(20):
         await engine.load_weights(published(vllm_model(2), 5))
+
+
+async def test_a_request_that_vllm_aborts_is_an_error_and_no_short_answer(engine: Any) -> None:
+    """So its item is not handed on but stays with the stage, which tries it again."""
+    call = asyncio.create_task(engine.sample([2, 3], Sampling(n=1, max_tokens=CONTEXT - 2, seed=0)))
+    waiting = engine._llm.output_processor.request_states
+    async with asyncio.timeout(20):
+        while not waiting:
+            await asyncio.sleep(0)
+        await engine._llm.abort(list(waiting), internal=True)
+        with pytest.raises(SamplingError, match="vLLM ended a completion with 'abort'"):
+            await call
+    sampled = await engine.sample([2, 3], Sampling(n=1, max_tokens=4))
+    assert_sampled_from(vllm_model(0), [2, 3], sampled.completions)
 
 
 @pytest.mark.parametrize(

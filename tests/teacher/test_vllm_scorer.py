@@ -24,6 +24,7 @@ pytestmark = [
 
 CHUNK = 48  # tokens of one forward: most sequences are prefilled in several
 BROKEN_TOKEN = 23
+LIMIT = 20  # of the most likely tokens that come with each
 RANDOM = np.random.default_rng(1)
 LENGTHS = [(1, 1), (1, CONTEXT - 1), (CONTEXT - 1, 1), (CHUNK, CHUNK), (CHUNK - 1, 2)]
 LENGTHS += [(int(p), int(t)) for p, t in RANDOM.integers(1, CONTEXT // 2, (12, 2))]
@@ -38,7 +39,11 @@ STARTS = [len(prompt) for prompt, _ in PAIRS]
 def config(directory: Path, **engine: object) -> TeacherConfig:
     args = {"kv_cache_memory_bytes": 1 << 26, "max_num_batched_tokens": CHUNK, "max_num_seqs": 16}
     return TeacherConfig.model_validate(
-        {"model": str(directory), "engine": {"kind": "vllm", "args": args, **engine}}
+        {
+            "model": str(directory),
+            "engine": {"kind": "vllm", "args": args, **engine},
+            "max_top_logprobs": LIMIT,
+        }
     )
 
 
@@ -69,12 +74,13 @@ async def test_scores_equal_transformers_batched_and_alone(scorer: Scorer, direc
         np.testing.assert_allclose(single.logprobs, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("top", [4, LIMIT])
 async def test_the_most_likely_tokens_are_those_of_transformers(
-    scorer: Scorer, directory: Path
+    scorer: Scorer, directory: Path, top: int
 ) -> None:
     reference = Reference(directory)
-    for ids, start, scores in zip(IDS, STARTS, await scorer.score(IDS, STARTS, 4), strict=True):
-        values, places = reference.table(ids)[start - 1 : -1].topk(4)
+    for ids, start, scores in zip(IDS, STARTS, await scorer.score(IDS, STARTS, top), strict=True):
+        values, places = reference.table(ids)[start - 1 : -1].topk(top)
         np.testing.assert_array_equal(scores.top_ids, places)
         np.testing.assert_allclose(scores.top_logprobs, values, atol=1e-4)
 
