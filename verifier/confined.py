@@ -163,6 +163,7 @@ class Sandboxed:
             )
         finally:
             waiting.cancel()
+            await asyncio.wait({waiting})  # it may still hold the stream
             self._awaited_s += time.monotonic() - began
 
     async def end(self) -> str:
