@@ -20,6 +20,7 @@ import pytest_asyncio
 from services.stage import Unavailable
 from services.trajectory import Verdict
 from verifier import code_tests
+from verifier.bubblewrap import Bubblewrap
 from verifier.code_tests import CodeJudge, program, same_output, same_value
 from verifier.config import CodeConfig
 from verifier.confined import Limits
@@ -284,7 +285,9 @@ async def test_a_program_that_is_killed_from_outside_is_not_incorrect(judge: Cod
 
 async def test_a_sandbox_that_cannot_be_made_judges_nobody(judge: CodeJudge) -> None:
     """Its items wait until one can be made, as for anything else that is out of reach."""
-    broken = replace(judge._sandbox, command=(*judge._sandbox.command, "--ro-bind", "/no", "/no"))  # type: ignore[type-var]
+    sandbox = judge._sandbox
+    assert isinstance(sandbox, Bubblewrap)
+    broken = replace(sandbox, command=(*sandbox.command, "--ro-bind", "/no", "/no"))
     with pytest.raises(Unavailable, match=r"no sandbox can be made: a program failed \(bwrap: "):
         await CodeJudge(broken, CONFIG, 0).judge("print(6)", json.dumps(SUM))
 
