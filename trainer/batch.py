@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.packed import Pack, on_device, pack
+from services.attention import on_device
+from services.packed import Pack, pack
 from services.trajectory import LogProbs, ScoredGroup, TokenIds, TopTokens
 from trainer.objectives import TeacherNeed
 

@@ -55,7 +55,7 @@ def samples(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
     return [p + c for p, c in zip(chosen, completions, strict=True)], [len(p) for p in chosen]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(samples())
 def test_sharing_what_stands_before_the_completions_changes_no_logprob(
     batch: tuple[list[list[int]], list[int]],
