@@ -12,6 +12,8 @@ RAY_AUTH_MODE=token # with the token in ~/.ray/auth_token
 RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=2 # as teacher/serve.py says
 export SCOPE_HOME PATH RAY_AUTH_MODE RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S
 
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+
 # From a bare Debian or Ubuntu image to one that has everything; nothing where all is there.
 setup() {
     packages=
@@ -21,11 +23,11 @@ setup() {
     need bwrap bubblewrap
     python3 -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3-venv"
     if [ -n "$packages" ]; then
-        sudo apt-get update -qq
+        as_root apt-get update -qq
         # shellcheck disable=SC2086  # one word a package
-        sudo DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages
         # Debian starts a Redis of its own with the package; ours has a password and another port.
-        sudo systemctl disable --now redis-server 2>/dev/null || true
+        as_root systemctl disable --now redis-server 2>/dev/null || true
     fi
     make -s -C "$SCOPE_HOME" install
     if [ -e /dev/nvidiactl ] && ! pip show -q vllm 2>/dev/null; then
