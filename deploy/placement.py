@@ -56,9 +56,11 @@ class Role:
 
 def roles(config: RunConfig) -> list[Role]:
     """What a run reserves, the hardest to place first."""
-    found = [
-        Role("learner rank", config.trainer.ranks, bundle(config.trainer.resources), "PACK"),
-        Role("teacher replica", config.teacher.replicas, bundle(config.teacher.resources)),
+    found = [Role("learner rank", config.trainer.ranks, bundle(config.trainer.resources), "PACK")]
+    if not config.teacher.endpoints:
+        replica = bundle(config.teacher.resources)
+        found.append(Role("teacher replica", config.teacher.replicas, replica))
+    found += [
         Role("rollout worker", config.rollout.workers, bundle(config.rollout.resources)),
         Role("verifier worker", config.verifier.workers, bundle(config.verifier.resources)),
     ]

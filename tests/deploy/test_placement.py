@@ -28,6 +28,11 @@ def test_the_learner_is_placed_first_and_packed() -> None:
     assert str(found[0]) == "2 × learner rank with 4 CPU and 1 GPU"
 
 
+def test_nothing_is_reserved_for_a_teacher_that_others_serve() -> None:
+    teacher = "teacher={model: Qwen/Qwen3-8B, endpoints: ['http://teacher:8000']}"
+    assert "teacher replica" not in {role.name for role in roles(load(PAPER, [teacher]))}
+
+
 def test_kd_reserves_a_worker_that_samples_from_the_student_for_evaluations() -> None:
     demo = ROOT / "deploy/runs/demo.yaml"
     assert "evaluation worker" not in {role.name for role in roles(load(demo))}
@@ -51,9 +56,13 @@ def test_an_engine_of_several_gpus_reserves_all_of_them(room: str) -> None:
 # another.
 CLUSTER = """
     import asyncio, sys, time
+    from pathlib import Path
     import ray
     from ray.cluster_utils import Cluster
-    from deploy.placement import NoRoom, Role, wait_for_room
+    from deploy.config import load
+    from deploy.crew import Crew
+    from deploy.placement import NoRoom, Role, roles, wait_for_room
+    from services.config import Resources
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
     for _ in range(2):
@@ -103,6 +112,34 @@ CLUSTER = """
         return said
     (said,) = asyncio.run(joins())
     assert "room for 3 × learner rank with 4 GPU: 4 GPU are missing" in said, said
+    # A laptop: every role on shares of one GPU, and not on less.
+    cluster.add_node(num_cpus=2, num_gpus=1, resources={"laptop": 1})
+    rooms = ("trainer", "teacher", "rollout", "verifier")
+    def on_the_laptop(share):
+        own = [f"{room}.resources.custom={{laptop: 0.01}}" for room in rooms]
+        shares = [f"{room}.resources.gpus={share}" for room in rooms[:3]]
+        return roles(load(Path("deploy/runs/demo.yaml"), own + shares))
+    fits(*on_the_laptop(0.3))
+    assert "rollout worker with 0.5 CPU and 0.4 GPU" in refusal(*on_the_laptop(0.4), timeout_s=6)
+    # Workers land on different nodes.
+    class Worker:
+        def __init__(self, name):
+            self.node = ray.get_runtime_context().get_node_id()
+        async def run(self):
+            await asyncio.Event().wait()
+        async def stop(self):
+            pass
+        async def where(self):
+            return self.node
+    async def nodes():
+        crew = Crew("spread", print)
+        crew.staff("rollout", 2, Worker, Resources(cpus=1, custom={"gpu_node": 0.01}))
+        names = [f"spread-rollout-{number}" for number in range(2)]
+        found = await asyncio.gather(*(ray.get_actor(n).where.remote() for n in names))
+        for name in names:
+            ray.kill(ray.get_actor(name))
+        return found
+    assert len(set(asyncio.run(nodes()))) == 2
     ray.shutdown()
     cluster.shutdown()
 """
