@@ -11,10 +11,13 @@ set it to where they put this repository.
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -23,6 +26,10 @@ from deploy.config import RunConfig, dump
 
 _STOP_S = 60  # for a run to stop in order, before Ray kills it
 _IN_HOME = 'given="$PWD" && cd "${SCOPE_HOME:-$PWD}" && exec scope'
+# What Ray writes before the first line of a job.
+_PREAMBLE = re.compile(
+    r"^(?:\S+ \S+\s+INFO job_manager\.py:\d+ -- |Running entrypoint for job ).*\n", re.MULTILINE
+)
 
 
 class RemoteError(RuntimeError):
@@ -38,6 +45,8 @@ class Remote:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk"):
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # not of closed sockets
         try:
             self._client = JobSubmissionClient(address)
         except AuthenticationError as error:
@@ -52,8 +61,7 @@ class Remote:
         Raises:
             RemoteError: it failed; what it said was printed.
         """
-        job = self._client.submit_job(entrypoint=f"{_IN_HOME} {shlex.join(arguments)}")
-        self._follow(job)
+        self._follow(self._submit(shlex.join(arguments)))
 
     def run(self, config: RunConfig, stop: Callable[[], bool]) -> None:
         """Starts a run there and follows it to its end.
@@ -67,23 +75,12 @@ class Remote:
         """
         with tempfile.TemporaryDirectory() as directory:
             (Path(directory) / "config.yaml").write_text(dump(config))
-            job = self._client.submit_job(
-                entrypoint=f'{_IN_HOME} run "$given/config.yaml"',
-                runtime_env={
-                    "working_dir": directory,
-                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)},
-                },
-                metadata={"scope_run": config.name},
-            )
-        self.follow(job, stop)
+            job = self._submit('run "$given/config.yaml"', run=config.name, working_dir=directory)
+        self._say_and_follow(job, stop)
 
     def resume(self, run_dir: str, stop: Callable[[], bool]) -> None:
         """Continues a run there and follows it to its end; see `run`."""
-        job = self._client.submit_job(
-            entrypoint=f"{_IN_HOME} resume {shlex.quote(run_dir)}",
-            runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}},
-        )
-        self.follow(job, stop)
+        self._say_and_follow(self._submit(f"resume {shlex.quote(run_dir)}"), stop)
 
     def follow(self, job: str, stop: Callable[[], bool]) -> None:
         """Prints what a job prints, until it ends or the user leaves it."""
@@ -94,7 +91,30 @@ class Remote:
                 self._client.stop_job(job)
                 self._follow(job)
             else:
-                print(f"it goes on; see it again with: scope follow {job} --address {self.address}")
+                print(f"it goes on; see it again with: {self._again(job)}")
+
+    def _say_and_follow(self, job: str, stop: Callable[[], bool]) -> None:
+        print(f"job {job}; see it from anywhere with: {self._again(job)}", flush=True)
+        self.follow(job, stop)
+
+    def _submit(self, command: str, *, run: str = "", working_dir: str = "") -> str:
+        """The id of a job that runs a `scope` command there, from a copy of `working_dir`."""
+        environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S)}}
+        if working_dir:
+            environment["working_dir"] = working_dir
+        try:
+            job: str = self._client.submit_job(
+                entrypoint=f"{_IN_HOME} {command}",
+                runtime_env=environment,
+                metadata={"scope_run": run} if run else None,
+            )
+        except RuntimeError as error:
+            said = [line for line in str(error).splitlines() if line.strip()]
+            raise RemoteError(f"the cluster at {self.address} took no job: {said[-1]}") from None
+        return job
+
+    def _again(self, job: str) -> str:
+        return f"scope follow {job} --address {self.address}"
 
     def _follow(self, job: str) -> None:
         asyncio.run(self._print_logs(job))
@@ -105,4 +125,4 @@ class Remote:
 
     async def _print_logs(self, job: str) -> None:
         async for lines in self._client.tail_job_logs(job):
-            print(lines, end="", flush=True)
+            print(_PREAMBLE.sub("", lines), end="", flush=True)

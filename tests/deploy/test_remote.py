@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,11 +19,11 @@ from pathlib import Path
 import pytest
 
 from deploy.config import dump, load
+from services.redis_server import EmbeddedRedis
 from tests.deploy.conftest import ROOT, SCOPE
 
 pytestmark = pytest.mark.slow
 
-LONG = f"sleep 600.{os.getpid()}"  # a process that nobody else has
 LEDGER = {
     "fed": 48, "trained": 32, "dead": 1, "in_flight": 15, "step": 3, "consumed": 32, "as_of": 0.0,
     "streams": {"scored": {"depth": 15, "age_s": 1.0}},
@@ -50,7 +51,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(dump(load(ROOT / "deploy/runs/demo.yaml")))
     (run_dir / "ledger.json").write_text(json.dumps(LEDGER))
-    port, dashboard, client = _free_ports(3)
+    (home / "examples").symlink_to(ROOT / "examples")
+    port, dashboard, client, agent = _free_ports(4)
     temporary = tempfile.mkdtemp(prefix="ray-")  # sockets' paths are short
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
@@ -62,6 +64,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         [
             "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=1",
             f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+            f"--dashboard-agent-listen-port={agent}",  # where jobs are submitted
             f"--temp-dir={temporary}", "--object-store-memory=100000000",
         ],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -102,32 +105,51 @@ def test_a_wrong_token_and_a_failed_command_are_sentences(head: Head) -> None:
     assert "cannot read runs/none/config.yaml" in failed.stdout
 
 
-def test_ctrl_c_asks_before_it_stops_what_is_remote(head: Head) -> None:
-    job = subprocess.run(
-        ["ray", "job", "submit", f"--address={head.address}", "--no-wait", "--submission-id=long",
-         "--", "sh", "-c", f"echo started; {LONG}"],
-        env=head.environment, capture_output=True, text=True,
+def test_what_a_command_prints_comes_back_as_it_is(head: Head) -> None:
+    done = head.scope("status", "runs/demo", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["fed"] == LEDGER["fed"]
+
+
+def test_ray_job_submit_runs_what_the_docs_say(head: Head) -> None:
+    done = subprocess.run(
+        ["ray", "job", "submit", f"--address={head.address}", "--",
+         "sh", "-c", 'cd "$SCOPE_HOME" && scope status runs/demo'],
+        env=head.environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert job.returncode == 0, job.stderr
-    assert "it goes on; see it again with: scope follow long" in _interrupted(head, "n\n")
-    assert _runs()
-    assert "it goes on" not in _interrupted(head, "y\n")
-    assert not _runs()
+    assert done.returncode == 0, done.stderr
+    assert "step 3  fed 48" in done.stdout
 
 
-def _runs() -> bool:
-    return subprocess.run(["pgrep", "-f", f"^{LONG}"], capture_output=True).returncode == 0
-
-
-def _interrupted(head: Head, answer: str) -> str:
-    """What `scope follow` says when it is interrupted after the job's first line."""
-    follower = subprocess.Popen(
-        [SCOPE, "follow", "long", "--address", head.address],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=head.environment,
+def test_ctrl_c_asks_before_it_stops_a_remote_run(
+    head: Head, tmp_path: Path, redis_server: EmbeddedRedis
+) -> None:
+    """A real run, which waits for more CPUs than the cluster has."""
+    waiting = "room for 1 × learner rank"
+    left = _interrupted(
+        head, waiting, "n", "run", str(ROOT / "deploy/runs/demo.yaml"), f"runs_dir={tmp_path}",
+        "trainer.resources.cpus=64", "ray.num_cpus=null", "ray.wait_for_nodes_s=600",
+        f"redis.url={redis_server.url}",
     )  # fmt: skip
-    assert follower.stdout is not None
-    while "started" not in follower.stdout.readline():
-        assert follower.poll() is None
-    follower.send_signal(signal.SIGINT)
-    said, _ = follower.communicate(answer, timeout=60)
-    return said
+    assert "stop the run on the cluster, too?" in left
+    (again,) = re.findall(r"it goes on; see it again with: scope (follow \S+)", left)
+    assert (tmp_path / "demo/config.yaml").exists()
+    stopped = _interrupted(head, waiting, "y", *again.split())
+    assert "it goes on" not in stopped
+    assert f"interrupted; continue with: scope resume {tmp_path}/demo" in stopped
+
+
+def _interrupted(head: Head, line: str, answer: str, *command: str) -> str:
+    """What a command says that is interrupted when it has printed `line`."""
+    process = subprocess.Popen(
+        [SCOPE, *command, "--address", head.address],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=head.environment, cwd="/",
+    )  # fmt: skip
+    assert process.stdout is not None
+    said = ""
+    while line not in said:
+        said += process.stdout.readline()
+        assert process.poll() is None, said
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(f"{answer}\n", timeout=90)
+    return said + rest
