@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast chaos check docs format install clean
+.PHONY: demo test test-fast chaos hosts check docs format install clean
 
 demo: install  ## distils the tiny teacher into the tiny student
 	$(BIN)/scope run deploy/runs/demo.yaml
@@ -19,6 +19,9 @@ test-fast: install  ## the everyday part: no cluster, no training
 
 chaos: install  ## a hundred kills of random parts of a real run (about an hour)
 	$(BIN)/python -m tests.deploy.chaos --kills 100 --json chaos-report.json
+
+hosts: install  ## three hosts by `ray up`, one cut off in the middle of a run (minutes; as root)
+	$(BIN)/python -m tests.deploy.hosts --json benchmarks/results/hosts.json
 
 check: install  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

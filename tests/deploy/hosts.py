@@ -1,4 +1,4 @@
-"""A run on several hosts: `python -m tests.deploy.hosts`, as root, with sshd and rsync installed.
+"""A run on several hosts: `make hosts`, as root, with openssh-server, rsync and iproute2 installed.
 
     laptop ── bridge ──┬── head     learner, driver, Redis
      ray up,           ├── first    rollout              ◀── cut off in the middle of the run
@@ -7,14 +7,18 @@
 Each host is a network namespace with an address, processes, mounts, a home and an sshd of its own.
 The real `ray up` brings the cluster up from the real deploy/clusters/onprem.yaml, of which only the
 addresses and the key are ours; `scope run --address` submits the demo; one host is cut off for
-good; and the run must finish with an exact ledger.
+good; and the run must finish with an exact ledger. What a host logged is kept when it does not.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import datetime
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import yaml
 
 from services.redis_server import find_binary
@@ -39,10 +44,11 @@ TOKEN = "0123456789abcdef0123456789abcdef"
 _BOOT = """
 set -eu
 mount --make-rprivate /
-mkdir -p /etc/scope /run/sshd
+mkdir -p /etc/scope /run/sshd /tmp/ray /tmp/ray_tmp_mount
 mount --bind "$1/passwd" /etc/passwd
 mount --bind "$1/etc" /etc/scope
-mount -t tmpfs tmpfs /tmp
+mount --bind "$1/ray" /tmp/ray
+mount --bind "$1/mounts" /tmp/ray_tmp_mount
 mount -t tmpfs tmpfs /dev/shm
 exec /usr/sbin/sshd -D -e -f /dev/null -h "$1/hostkey" -o StrictModes=no -o UsePAM=no \
     -o PidFile=none -o AuthorizedKeysFile="$1/authorized_keys" -o PermitUserEnvironment=no
@@ -118,7 +124,8 @@ def booted(host: Host, directory: Path) -> Iterator[None]:
     for name, program in programs.items():
         (home / "scope/.venv/bin" / name).symlink_to(program)
     (home / "scope/.venv/installed").touch()
-    (home / "etc").mkdir()
+    for part in ("etc", "ray", "mounts"):
+        (home / part).mkdir()
     (home / "etc/resources").write_text(json.dumps(host.resources))
     (home / "passwd").write_text(
         f"root:*:0:0:root:{home}:/bin/bash\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n"
@@ -156,7 +163,7 @@ def status(directory: Path, name: str) -> dict[str, Any]:
         stdout=subprocess.PIPE,
     )  # fmt: skip
     said, _ = asked.communicate(timeout=120)
-    found: dict[str, Any] = json.loads(said[said.index("{") : said.rindex("}") + 1])
+    found: dict[str, Any] = json.loads(said)
     return found
 
 
@@ -174,16 +181,28 @@ def prepare(directory: Path) -> Path:
     return file
 
 
-def follow(directory: Path, cluster: Path) -> None:
-    """The whole story; prints what happens and raises when something is not as it must be."""
-    started = time.monotonic()
+class Story:
+    """What happened and when, in seconds from the start; told as it happens."""
 
-    def say(what: str) -> None:
-        print(f"{time.monotonic() - started:5.0f} s  {what}", flush=True)
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.seconds: dict[str, float] = {}
 
-    up = laptop(directory, "ray", "up", "-y", "--no-config-cache", cluster)
-    assert up.wait(timeout=300) == 0, "ray up failed"
-    say("ray up is done")
+    def say(self, what: str) -> None:
+        self.seconds[what] = round(time.monotonic() - self._started, 1)
+        print(f"{self.seconds[what]:5.0f} s  {what}", flush=True)
+
+
+def follow(directory: Path, cluster: Path, story: Story) -> None:
+    """The whole story; raises when something is not as it must be."""
+    log = directory / "ray-up.log"
+    up = laptop(
+        directory, "ray", "up", "-y", "--no-config-cache", cluster,
+        stdout=log.open("w"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert up.wait(timeout=300) == 0, f"ray up failed:\n{log.read_text()[-3000:]}"
+    story.say("ray up is done")
+    output = directory / "run.log"
     submitted = laptop(
         directory, "scope", "run", "deploy/runs/demo.yaml", "--address", HEAD,
         f"runs_dir={directory}/runs", f"redis.url=redis://{HOSTS[0].address}:6380",
@@ -192,33 +211,59 @@ def follow(directory: Path, cluster: Path) -> None:
         "trainer.resources.custom={learner: 0.01}", "rollout.resources.custom={rollout: 0.01}",
         "teacher.resources.custom={teacher: 0.01}", "teacher.host=0.0.0.0",
         "stage.lease_s=5", "trainer.checkpoint.every_steps=8",
+        stdout=output.open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
-    ledger = directory / "runs/demo/ledger.json"
-    while not ledger.exists() or json.loads(ledger.read_text())["step"] < CUT_AT:
-        assert submitted.poll() is None, "the run ended too early"
-        time.sleep(0.5)
-    say(f"step {CUT_AT}: cutting {HOSTS[1].name} off")
+
+    def step() -> int:
+        ledger = directory / "runs/demo/ledger.json"
+        assert submitted.poll() is None, f"the run ended early:\n{output.read_text()[-3000:]}"
+        return int(json.loads(ledger.read_text())["step"]) if ledger.exists() else -1
+
+    for wanted, what in ((0, "the workers are up"), (CUT_AT, "cutting one host off")):
+        while step() < wanted:
+            time.sleep(0.2)
+        story.say(f"step {step()}: {what}")
     run("ip", "-n", LAPTOP, "link", "set", HOSTS[1].name, "down")
-    assert submitted.wait(timeout=400) == 0, "the run failed"
-    say("the run is done")
+    died = re.compile(r"^demo-rollout-\d+ died; starting it again$", re.MULTILINE)
+    while not died.search(output.read_text()):
+        step()
+        time.sleep(0.2)
+    story.say("the rollout worker of that host was found dead")
+    assert submitted.wait(timeout=400) == 0, f"the run failed:\n{output.read_text()[-3000:]}"
+    story.say("the run is done")
     found = status(directory, "demo")
-    print(json.dumps({k: v for k, v in found.items() if k != "workers"}))
     assert found["step"] == STEPS
     assert found["fed"] == found["trained"] == STEPS * GROUPS
     assert (found["dead"], found["in_flight"]) == (0, 0)
     assert (directory / "runs/demo/export/config.json").exists()
-    say("the ledger is exact, and the student was exported")
+    story.say(
+        f"fed {found['fed']} = trained {found['trained']} + dead {found['dead']} + in flight "
+        f"{found['in_flight']}, and the student was exported"
+    )
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="scope-hosts-", dir="/var/tmp"))
+    story = Story()
+    print(f"hosts' files and logs: {directory}", flush=True)
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
         cluster = prepare(directory)
         stack.enter_context(network())
         for host in HOSTS:
             stack.enter_context(booted(host, directory))
-        follow(directory, cluster)
+        follow(directory, cluster, story)
+    shutil.rmtree(directory)
+    if options.json:
+        report = {
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Ray {ray.__version__}",
+            "hosts": {host.name: host.resources for host in HOSTS},
+            "seconds": story.seconds,
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
