@@ -52,6 +52,12 @@ def test_an_engine_of_several_gpus_reserves_all_of_them(room: str) -> None:
     assert load(PAPER, [*parallel, f"{room}.resources.gpus=2"])
 
 
+@pytest.mark.parametrize("room", ["rollout", "teacher", "trainer"])
+def test_small_models_share_a_gpu(room: str) -> None:
+    found = roles(load(PAPER, [f"{room}.resources.gpus=0.25"]))
+    assert [role.bundle["GPU"] for role in found if role.bundle.get("GPU", 1) < 1] == [0.25]
+
+
 # In a process of its own: a process can be in one Ray cluster at a time, and the other tests' is
 # another.
 CLUSTER = """
