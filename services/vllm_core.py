@@ -12,16 +12,19 @@ import asyncio
 import difflib
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil  # which vLLM needs itself
 import vllm.config
 from pydantic import ValidationError
 from vllm import SamplingParams
@@ -54,16 +57,27 @@ _ENVIRONMENT: Mapping[str, str] = {
 }
 
 
-# Its standard input ends when this process does.
+# Its standard input ends when this process does. Then vLLM's processes end, and after them the
+# segments of shared memory that killed ones leave behind: hundreds of megabytes each time.
 _WATCHDOG = """
-import os, signal, sys
-sys.stdin.buffer.read()
-for pid in sys.argv[1:]:
+import os, signal, sys, time
+names = sys.stdin.read().split()
+deadline = time.monotonic() + 20
+for signum in (signal.SIGTERM, signal.SIGKILL):
+    for pid in sys.argv[1:]:
+        try:
+            os.kill(int(pid), signum)
+        except ProcessLookupError:
+            pass
+    while time.monotonic() < deadline and any(os.path.exists(f"/proc/{p}") for p in sys.argv[1:]):
+        time.sleep(0.05)
+for name in names:
     try:
-        os.kill(int(pid), signal.SIGTERM)
-    except ProcessLookupError:
+        os.unlink(name)
+    except FileNotFoundError:
         pass
 """
+_SHARED = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|vllm_)\S+")
 
 
 class Running:
@@ -73,15 +87,31 @@ class Running:
     def __init__(self, make: Callable[[], AsyncLLM]) -> None:
         before = set(multiprocessing.active_children())
         self.llm = make()
-        pids = [str(child.pid) for child in set(multiprocessing.active_children()) - before]
+        pids = [child.pid for child in set(multiprocessing.active_children()) - before if child.pid]
         self._watchdog = subprocess.Popen(
-            [sys.executable, "-c", _WATCHDOG, *pids], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-c", _WATCHDOG, *map(str, pids)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
         )
+        assert self._watchdog.stdin is not None
+        self._watchdog.stdin.write("\n".join(shared_memory(pids)))
+        self._watchdog.stdin.flush()
 
     async def close(self) -> None:
         """Ends vLLM's processes."""
         await asyncio.to_thread(self.llm.shutdown)
         await asyncio.to_thread(self._watchdog.communicate)
+
+
+def shared_memory(pids: Sequence[int]) -> set[str]:
+    """Files of shared memory that these processes and all below them have mapped."""
+    found: set[str] = set()
+    for pid in pids:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        for process in family:
+            found |= {*_SHARED.findall(Path(f"/proc/{process.pid}/maps").read_text())}
+    return found
 
 
 def on_cpu() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -30,6 +31,12 @@ def start(runs: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([SCOPE, *arguments], cwd=ROOT, stdout=log, stderr=log)
 
 
+def shared_memory(pids: list[int]) -> set[str]:
+    """What these processes hold of it, by its file."""
+    maps = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
+    return {name for text in maps for name in re.findall(r"/dev/shm/psm_\S+", text)}
+
+
 def sampling_process(run: subprocess.Popen[bytes]) -> psutil.Process:
     """The process in which vLLM holds the student."""
     (worker,) = [
@@ -47,10 +54,12 @@ def test_the_demo_on_vllm_survives_its_death_with_an_exact_ledger(tmp_path: Path
     run = start(tmp_path)
     ledger = tmp_path / "demo" / "ledger.json"
     deadline = time.monotonic() + DEADLINE_S
-    killed = False
+    killed, segments = False, set[str]()
     while run.poll() is None and time.monotonic() < deadline:
         if not killed and ledger.exists() and json.loads(ledger.read_text())["step"] >= 1:
-            os.kill(sampling_process(run).pid, signal.SIGKILL)
+            victim = sampling_process(run)
+            segments = shared_memory([victim.pid])
+            os.kill(victim.pid, signal.SIGKILL)
             killed = True
         time.sleep(0.05)
     if run.poll() is None:
@@ -59,6 +68,7 @@ def test_the_demo_on_vllm_survives_its_death_with_an_exact_ledger(tmp_path: Path
     output = (tmp_path / "output.log").read_text()
     assert run.returncode == 0, output
     assert killed and "died; starting it again" in output
+    assert segments and not [name for name in segments if Path(name).exists()]
     total = STEPS * GROUPS
     counts = json.loads(ledger.read_text())
     assert {k: counts[k] for k in ("fed", "trained", "dead", "in_flight")} == {

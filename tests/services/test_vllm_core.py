@@ -1,4 +1,5 @@
-"""vLLM's processes must not outlive the one that started them, nor keep a GPU from the next."""
+"""vLLM's processes must not outlive the one that started them, nor keep a GPU from the next; nor
+may their shared memory."""
 
 from __future__ import annotations
 
@@ -6,21 +7,35 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 PARENT = """
 import multiprocessing, time
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
 from services.vllm_core import Running
 
+def hold(names):
+    segment = SharedMemory(create=True, size=4096)
+    # As if the tracker, too, were killed: that is when vLLM leaves its segments behind.
+    resource_tracker.unregister(segment._name, "shared_memory")
+    names.send(segment.name)
+    time.sleep(300)
+
 def make():
-    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("spawn").Process(target=hold, args=(theirs,))
     child.start()
+    child.segment = ours.recv()
     return child
 
 if __name__ == "__main__":
-    print(Running(make).llm.pid, flush=True)
+    child = Running(make).llm
+    print(child.pid, child.segment, flush=True)
     time.sleep(300)
 """
 
@@ -30,7 +45,13 @@ if __name__ == "__main__":
 def test_what_was_started_dies_with_a_parent_that_is_killed() -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    child = psutil.Process(int(parent.stdout.readline()))
+    pid, name = parent.stdout.readline().split()
+    child, segment = psutil.Process(int(pid)), Path("/dev/shm", name.decode())
+    assert segment.exists()
     os.kill(parent.pid, signal.SIGKILL)
     parent.communicate()
     assert psutil.wait_procs([child], timeout=20) == ([child], [])
+    deadline = time.monotonic() + 20
+    while segment.exists():
+        assert time.monotonic() < deadline, f"{segment} is left behind"
+        time.sleep(0.05)

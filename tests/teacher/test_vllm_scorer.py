@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -59,9 +60,15 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def scorer(directory: Path) -> AsyncIterator[Scorer]:
+    from services.vllm_core import shared_memory  # imports vLLM
+
     made = await asyncio.to_thread(build_scorer, config(directory))
+    processes = multiprocessing.active_children()
+    segments = shared_memory([child.pid for child in processes if child.pid])
     yield made
     await made.close()
+    assert not multiprocessing.active_children()
+    assert segments and not [name for name in segments if Path(name).exists()]
 
 
 async def test_scores_equal_transformers_batched_and_alone(scorer: Scorer, directory: Path) -> None:
