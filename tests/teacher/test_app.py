@@ -109,6 +109,15 @@ def test_models_tells_the_fingerprint_and_the_limits(http: httpx.Client, model_d
 # ---------------------------------------------------------------------------------- keys
 
 
+@pytest.mark.parametrize("path", ["/v1/score", "/v1/completions"])
+def test_the_contract_s_examples_work(http: httpx.Client, path: str) -> None:
+    contract = http.get("/openapi.json").json()["paths"][path]["post"]
+    examples = contract["requestBody"]["content"]["application/json"]["schema"]["examples"]
+    for example in examples:
+        assert http.post(path, json=example).status_code == 200, example
+    assert examples
+
+
 def test_health_needs_no_key(server: str) -> None:
     response = httpx.get(f"{server}/health")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
+import types
 
 import pytest
 
@@ -13,6 +15,22 @@ def test_any_of_several_keys_is_accepted_and_nothing_else() -> None:
     assert ring.identify("new-key")
     assert not ring.identify("old-key ")
     assert not ring.identify("")
+
+
+def test_a_key_is_compared_with_all_and_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However early one matches: what is counted here is what an attacker could time."""
+    compared: list[tuple[int, int]] = []
+
+    def constant_time(given: bytes, known: bytes) -> bool:
+        compared.append((len(given), len(known)))
+        return hmac.compare_digest(given, known)
+
+    monkeypatch.setattr("teacher.auth.hmac", types.SimpleNamespace(compare_digest=constant_time))
+    ring = KeyRing(["first", "second", "third"])
+    for key, accepted in (("first", True), ("third", True), ("f", False), ("x" * 1000, False)):
+        compared.clear()
+        assert bool(ring.identify(key)) == accepted
+        assert compared == [(32, 32)] * 3, key
 
 
 def test_an_empty_ring_accepts_nothing() -> None:

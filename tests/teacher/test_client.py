@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+from starlette.types import Receive, Scope, Send
 
 from services.stage import BadItem, Unavailable
 from services.trajectory import TokenIds
@@ -201,6 +202,22 @@ async def test_a_busy_teacher_says_when_to_come_again(scorer: FakeScorer) -> Non
             await client.score(ASKED)
         assert raised.value.retry_after_s >= 1
         await client.aclose()
+
+
+async def test_calls_share_a_connection_that_is_kept(scorer: FakeScorer) -> None:
+    ports = set()
+    app = fake_app(scorer)
+
+    async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+        ports.add(scope["client"])
+        await app(scope, receive, send)
+
+    with listening(watched) as url:
+        client = TeacherClient(Target(url), timeout_s=5.0)
+        for _ in range(5):
+            await client.score(ASKED)
+        await client.aclose()
+    assert len(ports) == 1
 
 
 async def test_many_calls_at_once_keep_apart(scorer: FakeScorer) -> None:
