@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,14 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rollout.config import DataConfig, RolloutConfig, SamplingConfig
-from services.config import Config, RedisConfig, StageConfig
+from services.config import (
+    DEFAULT_TEACHER,
+    Config,
+    EngineConfig,
+    RedisConfig,
+    Resources,
+    StageConfig,
+)
 from teacher.config import TeacherConfig
 from trainer.config import TrainerConfig
 from verifier.config import VerifierConfig
@@ -67,7 +74,8 @@ class RunConfig(Config):
     sampling: SamplingConfig
     rollout: RolloutConfig = RolloutConfig()
     verifier: VerifierConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = None
+    """Needed unless the objective asks none and samples from none (`grpo`, `rft`)."""
     trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig | None = None
     redis: RedisConfig = RedisConfig()
@@ -99,10 +107,7 @@ class RunConfig(Config):
                 f"rollout.engine.weight_transfer {transfer!r} goes from GPU to GPU: "
                 "trainer.resources.gpus and rollout.resources.gpus must be more than 0"
             )
-        for room, engine, resources in (
-            ("rollout", self.rollout.engine, self.rollout.resources),
-            ("teacher", self.teacher.engine, self.teacher.resources),
-        ):
+        for room, engine, resources in self._engines():
             needed = engine.gpus
             if needed > 1 and 0 < resources.gpus < needed:
                 raise ValueError(
@@ -111,6 +116,13 @@ class RunConfig(Config):
                     f"reserved together, on one node"
                 )
         return self
+
+    def _engines(self) -> Iterator[tuple[str, EngineConfig, Resources]]:
+        """Every engine that the run starts, by where its settings stand."""
+        yield "rollout", self.rollout.engine, self.rollout.resources
+        for name, one in (self.teacher.served if self.teacher else {}).items():
+            where = "teacher" if name == DEFAULT_TEACHER else f"teacher.others.{name}"
+            yield where, one.engine, one.resources
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -125,6 +137,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_teacher(path: Path, overrides: Sequence[str] = ()) -> TeacherConfig:
     """The `teacher` section of a run's config, or a file that holds just that."""
     raw = _read(path)
+    if "student" in raw and not raw.get("teacher"):
+        raise ConfigError(f"{path} is a run's config that has no teacher")
     raw = raw.get("teacher", raw)
     return _validated(TeacherConfig, raw, [o.removeprefix("teacher.") for o in overrides], path)
 
@@ -198,7 +212,9 @@ def _keys_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
     """The field names of the config section at `path`."""
     for part in path:
         field = model.model_fields.get(str(part))
-        section = _section(field.annotation) if field else None
+        if field is None:  # a name in a table of sections
+            continue
+        section = _section(field.annotation)
         if section is None:
             return []
         model = section

@@ -80,7 +80,8 @@ def _devices(config: RunConfig | None) -> Iterator[Finding]:
         )
     wanted = 0.0
     if config is not None and config.ray.address is None:
-        rooms = (config.trainer.resources, config.rollout.resources, config.teacher.resources)
+        served = config.teacher.served.values() if config.teacher else ()
+        rooms = (config.trainer.resources, config.rollout.resources, *(t.resources for t in served))
         wanted = max(room.gpus for room in rooms)
     if not torch.cuda.is_available():
         said = "none that torch can use: everything runs on the CPU"

@@ -13,12 +13,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import secrets
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +35,7 @@ from deploy.placement import reserved, roles, wait_for_room
 from deploy.preflight import Preflight, check
 from deploy.restore import restore
 from deploy.status import write_snapshot
+from deploy.teachers import start_teachers
 from deploy.telemetry import Telemetry
 from deploy.usage import cpu_seconds
 from rollout.feeder import Feeder
@@ -49,10 +48,7 @@ from services.redis_server import EmbeddedRedis, RedisUnavailable, examine, reso
 from services.stage import EVAL, TRAIN, Connection, consumers_of
 from services.streams import Ledger, Streams
 from services.weight_store import StoreFeed, start_store
-from teacher.auth import environment_keys
-from teacher.client import Target
-from teacher.pool import targets
-from teacher.serve import deploy_teacher, stop_teacher
+from teacher.pool import Servers
 from teacher.worker import TeacherWorker
 from trainer.checkpoint import latest
 from trainer.loop import LoopConfig, checkpoints_of, trainer
@@ -65,6 +61,7 @@ log = logging.getLogger(__name__)
 
 _WATCH_S = 0.5
 _RESERVE_S, _RESERVE_POLL_S = 60.0, 0.1
+_NO_TEACHER = 1, 16  # workers and capacity of its stage, which groups pass all the same
 
 
 class RunFailed(RuntimeError):
@@ -101,10 +98,12 @@ class Run:
             )
             store = start_store(f"{self.config.name}-weights")
             learner = await self._start_learner(connection, store)
-            teacher = await self._start_teacher(stack)
+            teachers = await start_teachers(
+                self.config, self.preflight.fingerprints, stack, self.console.say
+            )
             crew = Crew(self.config.name, self.console.say)
             stack.push_async_callback(crew.stop)
-            self._start_workers(crew, connection, store, teacher)
+            self._start_workers(crew, connection, store, teachers)
             recorder = stack.enter_context(Recorder(self.directory, self._trackers()))
             watch = asyncio.create_task(self._watch(streams, recorder, learner, crew))
             stack.callback(watch.cancel)
@@ -214,36 +213,18 @@ class Run:
         await evaluation.create()
         await evaluation.redis.aclose()
 
-    async def _start_teacher(self, stack: AsyncExitStack) -> Sequence[Target]:
-        """Where the teacher is: a Serve application of this run's, or servers of others."""
-        config = self.config.teacher
-        if config.endpoints:
-            self.console.say(f"teacher: {', '.join(e.url for e in config.endpoints)}")
-            return targets(config, os.environ)
-        self.console.say(f"teacher: loading {config.model}")
-        # One more than the user's, which may be given as digests only.
-        keys = [secrets.token_urlsafe(24), *environment_keys(os.environ)]
-        name = f"{self.config.name}-teacher"
-        # Serve outlives the driver on a cluster that is not its own, and vLLM's processes outlive
-        # a replica that is not told to stop.
-        stack.push_async_callback(asyncio.to_thread, stop_teacher, name)
-        url = await asyncio.to_thread(
-            deploy_teacher, config, keys, name=name, route_prefix=f"/{name}"
-        )
-        self.console.say(f"teacher: serving at {url}")
-        return [Target(url, keys[0])]
-
     def _start_workers(
-        self, crew: Crew, connection: Connection, store: Any, servers: Sequence[Target]
+        self, crew: Crew, connection: Connection, store: Any, teachers: Mapping[str, Servers]
     ) -> None:
         config = self.config
         chosen = objective(config.trainer.objective)
         student = connection, config.rollout, config.student, StoreFeed(store)
-        teacher = connection, config.rollout, config.teacher.model, OwnWeights(config.teacher.model)
         where = RolloutWorker, config.rollout.resources
         if chosen.sampler == "student":
             crew.staff("rollout", config.rollout.workers, *where, *student)
         else:
+            assert config.teacher is not None  # the preflight saw to that
+            teacher = connection, config.rollout, (m := config.teacher.model), OwnWeights(m)
             crew.staff("rollout", config.rollout.workers, *where, *teacher, lanes=(TRAIN,))
             if config.evaluation is not None:
                 crew.staff("evaluation", 1, *where, *student, lanes=(EVAL,))
@@ -251,10 +232,11 @@ class Run:
             "verifier", config.verifier.workers, VerifierWorker, config.verifier.resources,
             connection, config.verifier,
         )  # fmt: skip
+        asked = config.teacher
+        workers, capacity = (asked.workers, asked.capacity) if asked else _NO_TEACHER
         crew.staff(
-            "teacher", config.teacher.workers, TeacherWorker, Resources(cpus=0.0),
-            connection, config.teacher, servers, chosen.teacher, self.preflight.teacher.model,
-            config.trainer.objective.teacher_top,
+            "teacher", workers, TeacherWorker, Resources(cpus=0.0), connection, teachers,
+            chosen.teacher, config.trainer.objective.teacher_top, capacity=capacity,
         )  # fmt: skip
 
     async def _start_learner(self, connection: Connection, store: Any) -> asyncio.Future[None]:
@@ -443,7 +425,13 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         path = Path(model).expanduser()
         return str(path.resolve()) if path.is_dir() else model
 
-    teacher = config.teacher.model_copy(update={"model": absolute(config.teacher.model)})
+    teacher = config.teacher
+    if teacher is not None:
+        others = {
+            name: one.model_copy(update={"model": absolute(one.model)})
+            for name, one in teacher.others.items()
+        }
+        teacher = teacher.model_copy(update={"model": absolute(teacher.model), "others": others})
     return config.model_copy(update={"student": absolute(config.student), "teacher": teacher})
 
 

@@ -26,7 +26,7 @@ from ray.util.placement_group import (
 )
 
 from deploy.config import RunConfig
-from services.config import Resources
+from services.config import DEFAULT_TEACHER, Resources
 from trainer.objectives import objective
 
 _FIRST_WORD_S = 3.0
@@ -56,18 +56,25 @@ class Role:
 
 def roles(config: RunConfig) -> list[Role]:
     """What a run reserves, the hardest to place first."""
-    found = [Role("learner rank", config.trainer.ranks, bundle(config.trainer.resources), "PACK")]
-    if not config.teacher.endpoints:
-        replica = bundle(config.teacher.resources)
-        found.append(Role("teacher replica", config.teacher.replicas, replica))
-    found += [
+    chosen = objective(config.trainer.objective)
+    asked = config.teacher.served if config.teacher and chosen.teacher != "none" else {}
+    found = [
+        Role("learner rank", config.trainer.ranks, bundle(config.trainer.resources), "PACK"),
+        *(
+            Role(_replica(name), one.least_replicas, bundle(one.resources))
+            for name, one in asked.items()
+        ),
         Role("rollout worker", config.rollout.workers, bundle(config.rollout.resources)),
         Role("verifier worker", config.verifier.workers, bundle(config.verifier.resources)),
     ]
-    if config.evaluation is not None and objective(config.trainer.objective).sampler == "teacher":
+    if config.evaluation is not None and chosen.sampler == "teacher":
         # The others sample from the teacher.
         found.append(Role("evaluation worker", 1, bundle(config.rollout.resources)))
     return found
+
+
+def _replica(teacher: str) -> str:
+    return "teacher replica" + ("" if teacher == DEFAULT_TEACHER else f" ({teacher})")
 
 
 def bundle(resources: Resources) -> Bundle:

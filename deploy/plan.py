@@ -24,7 +24,7 @@ from rich.console import Group
 from rich.table import Table
 
 from deploy.config import ConfigError, RunConfig
-from deploy.rates import Rates, learned_per_trajectory
+from deploy.rates import Rates, learned_per_trajectory, teacher_of
 from trainer.objectives import objective
 
 IntArray: TypeAlias = NDArray[Any]
@@ -122,7 +122,7 @@ def work_of(config: RunConfig, rates: Rates) -> Work:
 def as_configured(config: RunConfig) -> Units:
     """The units that the config asks for."""
     return Units(
-        config.rollout.workers, config.verifier.workers, config.teacher.replicas,
+        config.rollout.workers, config.verifier.workers, teacher_of(config).replicas,
         config.trainer.ranks,
     )  # fmt: skip
 
@@ -265,7 +265,7 @@ def _gpus(config: RunConfig) -> dict[str, float]:
     return {
         "rollout": config.rollout.resources.gpus,
         "verifier": config.verifier.resources.gpus,
-        "teacher": 0.0 if config.teacher.endpoints else config.teacher.resources.gpus,
+        "teacher": 0.0 if teacher_of(config).endpoints else teacher_of(config).resources.gpus,
         "learner": config.trainer.resources.gpus,
     }
 
@@ -297,7 +297,7 @@ def _shared(config: RunConfig, rates: Rates, cores: float, notes: list[str]) -> 
     threads = {
         "rollout": units.rollout * (config.rollout.torch_threads or cores),
         "verifier": units.verifier * config.verifier.judges,
-        "teacher": units.teacher * max(1, int(config.teacher.resources.cpus)),
+        "teacher": units.teacher * max(1, int(teacher_of(config).resources.cpus)),
         "learner": units.learner * (config.trainer.torch_threads or cores),
     }
     seconds = {role: used[role] / min(threads[role], cores) for role in ROLES}
@@ -357,7 +357,7 @@ def _check_rates(config: RunConfig, rates: Rates) -> None:
         rate = getattr(rates, role)
         if rate is None:
             raise _missing(role)
-        if rate.gpus != gpus and not (role == "teacher" and config.teacher.endpoints):
+        if rate.gpus != gpus and not (role == "teacher" and teacher_of(config).endpoints):
             raise ConfigError(
                 f"the rate of {role} was measured with {rate.gpus:g} GPUs and the config gives "
                 f"each {gpus:g}: measure that with {_MEASURES[role]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -11,22 +12,26 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from deploy.config import ConfigError, RunConfig
+from deploy.teachers import called, identify
 from rollout.config import DataConfig, SamplingConfig
 from rollout.engine import check_engine
-from rollout.prompts import DataError, PromptSource, load_rows
+from rollout.prompts import DataError, PromptSource, Route, load_rows, to_default
+from services.config import DEFAULT_TEACHER
 from services.engines import EngineError, vllm_can_check
 from services.models import Fingerprint, ModelError, differences, fingerprint, load_tokenizer
 from services.trackers import missing
+from teacher.config import TeacherModel
 from teacher.scorer import check_scorer
-from trainer.objectives import ObjectiveError, objective
+from trainer.objectives import Objective, ObjectiveError, objective
 
 
 @dataclass(frozen=True)
 class Preflight:
     """What the checks found out, for the run that follows."""
 
-    student: Fingerprint
-    teacher: Fingerprint
+    fingerprints: Mapping[str, str | None]
+    """Of each teacher that the objective asks, by name: the only model whose scores are taken;
+    None where nobody tells, so that the first that answers is it."""
     train: PromptSource
     heldout: PromptSource | None
     total_groups: int
@@ -40,17 +45,19 @@ def check(config: RunConfig) -> Preflight:
         ConfigError: the run cannot work; the message says everything that is wrong.
     """
     try:
-        student, teacher = fingerprint(config.student), fingerprint(config.teacher.model)
+        student = fingerprint(config.student)
         tokenizer = load_tokenizer(config.student)
-    except ModelError as error:
+        chosen = objective(config.trainer.objective)
+    except (ModelError, ObjectiveError) as error:
         raise ConfigError(str(error)) from None
-    try:
-        objective(config.trainer.objective)
-    except ObjectiveError as error:
-        raise ConfigError(str(error)) from None
-    problems, warnings = _models(config, student, teacher)
-    problems += _engines(config) + missing(config.trackers)
-    train = _source(config.data, config.sampling, tokenizer, config.seed)
+    teachers = _teachers(config, chosen)
+    found = {name: identify(one) for name, one in teachers.items()}
+    problems, warnings = _models(config, student, found)
+    asked = teachers if chosen.teacher != "none" else {}
+    problems += _engines(config, [one for one in asked.values() if not one.endpoints])
+    problems += missing(config.trackers)
+    route = config.teacher.router() if config.teacher and asked else to_default
+    train = _source(config.data, config.sampling, tokenizer, config.seed, route)
     heldout = None
     if (held := config.evaluation) is not None:
         # The same prompts in every run, whatever its seed: their differences are paired.
@@ -61,25 +68,42 @@ def check(config: RunConfig) -> Preflight:
         total = min(total, config.trainer.max_steps * config.trainer.groups_per_step)
     if problems:
         raise ConfigError("; ".join(problems))
-    return Preflight(student, teacher, train, heldout, total, warnings)
+    fingerprints = {name: one.model if (one := found[name]) else None for name in asked}
+    return Preflight(fingerprints, train, heldout, total, warnings)
 
 
-def _engines(config: RunConfig) -> list[str]:
+def _teachers(config: RunConfig, chosen: Objective) -> dict[str, TeacherModel]:
+    """The teachers that the objective asks, or that it samples from."""
+    kind = config.trainer.objective.kind
+    if chosen.teacher == "none" and chosen.sampler == "student":
+        return {}
+    if config.teacher is None:
+        raise ConfigError(f"the objective {kind!r} needs a teacher: set teacher.model")
+    if chosen.teacher != "none":
+        return config.teacher.named
+    if config.teacher.others:
+        raise ConfigError(f"the objective {kind!r} samples from one teacher: leave out others")
+    # Whoever serves it, it is loaded here.
+    return {DEFAULT_TEACHER: TeacherModel(model=config.teacher.model)}
+
+
+def _engines(config: RunConfig, teachers: Sequence[TeacherModel]) -> list[str]:
     """What vLLM, where it is installed, has against its arguments. It is asked in a process of its
     own, because importing it changes the environment that every process of the run would inherit.
     """
-    if not any(vllm_can_check(room.engine) for room in (config.rollout, config.teacher)):
-        return _refusals(config)
+    engines = [config.rollout.engine, *(one.engine for one in teachers)]
+    if not any(map(vllm_can_check, engines)):
+        return _refusals(config, teachers)
     own = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, own, logging.disable, (logging.WARNING,)) as process:
-        return process.submit(_refusals, config).result()
+        return process.submit(_refusals, config, teachers).result()
 
 
-def _refusals(config: RunConfig) -> list[str]:
+def _refusals(config: RunConfig, teachers: Sequence[TeacherModel]) -> list[str]:
     found = []
     checks: tuple[partial[None], ...] = (
         partial(check_engine, config.rollout, config.student),
-        partial(check_scorer, config.teacher),
+        *(partial(check_scorer, one) for one in teachers),
     )
     for refuse in checks:
         try:
@@ -90,28 +114,43 @@ def _refusals(config: RunConfig) -> list[str]:
 
 
 def _source(
-    data: DataConfig, sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    data: DataConfig,
+    sampling: SamplingConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    route: Route = to_default,
 ) -> PromptSource:
     try:
-        return PromptSource(load_rows(data, tokenizer), sampling, seed=seed, data=data)
+        return PromptSource(load_rows(data, tokenizer, route), sampling, seed=seed, data=data)
     except DataError as error:
         raise ConfigError(str(error)) from None
 
 
 def _models(
-    config: RunConfig, student: Fingerprint, teacher: Fingerprint
+    config: RunConfig, student: Fingerprint, teachers: Mapping[str, Fingerprint | None]
 ) -> tuple[list[str], list[str]]:
-    found = differences(student, teacher)
-    warnings = [found.pop("chat_template")] if "chat_template" in found else []
-    if config.allow_different_end_tokens and "end_tokens" in found:
-        warnings.append(found.pop("end_tokens"))
-    elif "end_tokens" in found:
-        found["end_tokens"] += " (allow_different_end_tokens: true trains all the same)"
-    for role, model in (("student", student), ("teacher", teacher)):
-        longest = config.data.max_prompt_tokens + config.sampling.max_tokens
-        if model.context_length and longest > model.context_length:
-            found[f"{role}_context"] = (
-                f"data.max_prompt_tokens + sampling.max_tokens is {longest}, past the {role}'s "
-                f"context of {model.context_length}"
+    """What is wrong, and what is only to be known, of the models."""
+    problems, warnings = [], []
+    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    for who, teacher in [("student", student), *((called(n), t) for n, t in teachers.items())]:
+        if teacher is None:
+            warnings.append(
+                f"the {who} is not on this machine and its servers do not tell: its tokenizer, "
+                f"vocabulary, end tokens and chat template could not be compared with the student's"
             )
-    return list(found.values()), warnings
+            continue
+        found = differences(student, teacher)
+        told = [found.pop("chat_template")] if "chat_template" in found else []
+        if config.allow_different_end_tokens and "end_tokens" in found:
+            told.append(found.pop("end_tokens"))
+        elif "end_tokens" in found:
+            found["end_tokens"] += " (allow_different_end_tokens: true trains all the same)"
+        if teacher.context_length and longest > teacher.context_length:
+            found["context"] = (
+                f"data.max_prompt_tokens + sampling.max_tokens is {longest}, past the {who}'s "
+                f"context of {teacher.context_length}"
+            )
+        prefix = f"{who}: " if len(teachers) > 1 else ""
+        problems += [prefix + sentence for sentence in found.values()]
+        warnings += [prefix + sentence for sentence in told]
+    return problems, warnings

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from deploy.config import ConfigError, RunConfig, load
 from services.config import Config
 from services.metrics import read
+from teacher.config import TeacherConfig
 from trainer.objectives import objective
 
 Records: TypeAlias = Sequence[dict[str, Any]]
@@ -105,6 +106,11 @@ class Rates(Config):
     """Who sampled: `student`, or with kd the `teacher`."""
 
 
+def teacher_of(config: RunConfig) -> TeacherConfig:
+    """The config's first teacher; where it has none, one that nobody asks."""
+    return config.teacher or TeacherConfig(model="none")
+
+
 def of_run(run_dir: Path) -> Rates:
     """The rates of a run, its first fifth (compilation, caches, an empty pipeline) left out.
 
@@ -138,7 +144,7 @@ def of_records(config: RunConfig, records: Records, *, about: str) -> Rates:
     verdicts, judging_s = (_grown(records, f"verifier/{n}") for n in ("verdicts", "judging_s"))
     scored, asking_s = (_grown(records, f"teacher/{n}") for n in ("tokens", "asking_s"))
     asking_s /= max(1.0, _mean(later, "teacher/workers"))  # each waits for the same replicas
-    replicas, engine = config.teacher.replicas, config.rollout.resources
+    teacher, engine = teacher_of(config), config.rollout.resources
     learned = _learned_tokens(config, later, workload)
     learning_s = sum(_total(later, name) for name in _LEARNING)
     return Rates(
@@ -151,7 +157,7 @@ def of_records(config: RunConfig, records: Records, *, about: str) -> Rates:
         if verdicts and judging_s
         else None,
         teacher=TeacherRate(
-            tokens_per_s=scored / asking_s / replicas, gpus=config.teacher.resources.gpus
+            tokens_per_s=scored / asking_s / teacher.replicas, gpus=teacher.resources.gpus
         )
         if scored and asking_s
         else None,

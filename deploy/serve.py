@@ -19,17 +19,21 @@ _NAME = "teacher"
 
 
 def serve_teacher(config: TeacherConfig) -> None:
-    """Serves `config.model` over REST; returns after Ctrl-C or SIGTERM."""
+    """Serves all models of `config` over REST; returns after Ctrl-C or SIGTERM."""
     keys = environment_keys(os.environ)
+    models = [one.model for one in config.served.values()]
+    if not models:
+        raise ConfigError("endpoints are served by others: there is no teacher to serve here")
     try:
-        fingerprint(config.model)  # a wrong path is said at once, not after Ray has started
+        for model in models:  # a wrong path is said at once, not after Ray has started
+            fingerprint(model)
     except ModelError as error:
         raise ConfigError(str(error)) from None
     start_ray(RayConfig(), "scope-teacher", print)
     try:
         url = deploy_teacher(config, keys, name=_NAME)
         access = "with a bearer key" if keys else f"without a key ({KEYS_VARIABLE} is not set)"
-        print(f"serving {config.model} at {url} {access}; stop with Ctrl-C", flush=True)
+        print(f"serving {', '.join(models)} at {url} {access}; stop with Ctrl-C", flush=True)
         stopped = threading.Event()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: stopped.set())

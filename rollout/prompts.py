@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ import pyarrow.parquet
 from jinja2 import TemplateError
 
 from rollout.config import DataConfig, SamplingConfig
+from services.config import DEFAULT_TEACHER
 from services.trajectory import Prompt, Sampling, TokenIds
 
 if TYPE_CHECKING:  # the file formats need no torch
@@ -30,9 +31,18 @@ if TYPE_CHECKING:  # the file formats need no torch
 log = logging.getLogger(__name__)
 
 _COLUMNS = ("prompt", "data_source", "reward_model")
+_TEACHER = "extra_info.teacher"
 # Keys of the two kinds of random numbers that one seed gives; never to be changed, because a
 # resumed run relies on them.
 _SHUFFLE, _SAMPLE = 0, 1
+
+Route: TypeAlias = Callable[[str | None, str], str]
+"""The teacher of a row, by the one that it names and its data source; ValueError: there is none."""
+
+
+def to_default(named: str | None, data_source: str) -> str:
+    """The route of prompts that are not scored, or all by the one teacher."""
+    return DEFAULT_TEACHER
 
 
 class DataError(ValueError):
@@ -46,6 +56,7 @@ class Row:
     token_ids: TokenIds  # [P]
     data_source: str
     reference: str
+    teacher: str = DEFAULT_TEACHER
 
 
 class PromptSource:
@@ -87,6 +98,7 @@ class PromptSource:
             token_ids=row.token_ids,
             data_source=row.data_source,
             reference=row.reference,
+            teacher=row.teacher,
             sampling=Sampling(
                 n=self._sampling.n,
                 max_tokens=self._sampling.max_tokens,
@@ -111,8 +123,13 @@ class PromptSource:
         return np.random.PCG64(sequence).random_raw(count)
 
 
-def load_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def load_rows(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    route: Route = to_default,
+) -> list[Row]:
     """Reads and tokenises every prompt; longer ones than `data.max_prompt_tokens` are left out.
+    `route` says which teacher scores each.
 
     Raises:
         DataError: a file, row or column cannot be used, or nothing is left.
@@ -123,7 +140,7 @@ def load_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]
         found = 0
         for where, raw in _read(file):
             found += 1
-            row = _row(where, raw, tokenizer)
+            row = _row(where, raw, tokenizer, route)
             if len(row.token_ids) > data.max_prompt_tokens:
                 left_out += 1
             else:
@@ -161,6 +178,9 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             columns = [name for name in _COLUMNS if name in table.schema_arrow.names]
+            leaves = (table.schema.column(place).path for place in range(len(table.schema)))
+            if _TEACHER in leaves:  # nothing else of `extra_info`: it may be long
+                columns.append(_TEACHER)
             number = 0
             for batch in table.iter_batches(columns=columns):
                 for raw in batch.to_pylist():
@@ -188,7 +208,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 # -------------------------------------------------------------------------------- rows
 
 
-def _row(where: str, raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Row:
+def _row(where: str, raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, route: Route) -> Row:
     for column in _COLUMNS:
         if raw.get(column) is None:
             raise DataError(f"{where}: column {column!r} is missing")
@@ -198,7 +218,18 @@ def _row(where: str, raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
         token_ids=_tokens(where, _messages(where, raw["prompt"]), tokenizer),
         data_source=raw["data_source"],
         reference=_reference(where, raw["reward_model"]),
+        teacher=_teacher(where, raw.get("extra_info"), raw["data_source"], route),
     )
+
+
+def _teacher(where: str, extra: Any, data_source: str, route: Route) -> str:
+    named = extra.get("teacher") if isinstance(extra, dict) else None
+    if named is not None and not isinstance(named, str):
+        raise DataError(f"{where}: {_TEACHER} is not text")
+    try:
+        return route(named, data_source)
+    except ValueError as error:
+        raise DataError(f"{where}: {_TEACHER}: {error}") from error
 
 
 def _messages(where: str, prompt: Any) -> list[dict[str, str]]:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+DEFAULT_TEACHER = "default"  # what the teacher is called that scores whatever names no other
+
 
 class Config(BaseModel):
     """Base of every config: frozen, and an unknown key is an error."""

@@ -56,6 +56,20 @@ def locate(path: str) -> Path:
         raise ModelError(f"{path} is no local directory, and the hub said: {error}") from error
 
 
+def at_hand(path: str) -> bool:
+    """Whether the model is on this machine, weights and all, so that nothing has to be fetched."""
+    directory = Path(path).expanduser()
+    if not directory.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            directory = Path(snapshot_download(path, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return False
+    return (directory / "config.json").is_file() and bool(_weight_files(directory))
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory."""
     from transformers import AutoTokenizer
@@ -176,7 +190,7 @@ def probe_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def _weights_hash(directory: Path) -> str:
     digest = hashlib.sha256((directory / "config.json").read_bytes())
-    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    files = _weight_files(directory)
     if not files:
         raise ModelError(f"{directory} holds no weights (*.safetensors)")
     for file in files:
@@ -187,6 +201,10 @@ def _weights_hash(directory: Path) -> str:
             stream.seek(max(0, size - _EDGE))
             digest.update(stream.read(_EDGE))
     return digest.hexdigest()[:16]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    return sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
 
 
 def _hash(data: bytes) -> str:

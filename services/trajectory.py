@@ -26,6 +26,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from services.config import DEFAULT_TEACHER
+
 TokenIds: TypeAlias = npt.NDArray[np.int32]
 LogProbs: TypeAlias = npt.NDArray[np.float32]
 Outcome: TypeAlias = Literal["correct", "incorrect", "unknown"]
@@ -54,6 +56,7 @@ class Prompt:
     reference: str
     sampling: Sampling
     min_weight_version: int = 0  # sampled only by weights at least this new (evaluation)
+    teacher: str = DEFAULT_TEACHER  # which of the run's teachers scores its trajectories
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,6 +211,7 @@ def encode(item: Item) -> bytes:
         "reference": prompt.reference,
         "sampling": asdict(prompt.sampling),
         "min_weight_version": prompt.min_weight_version,
+        "teacher": prompt.teacher,
     }
     body = save_tensors(arrays, metadata={"item": json.dumps(header)})
     return _PREFIX.pack(_MAGIC, zlib.crc32(body)) + body

@@ -141,6 +141,15 @@ class Limits(BaseModel):
     """Token ids are below it."""
 
 
+class Tokens(BaseModel):
+    """What a student's tokens must agree with, as `services.models.Fingerprint` has it."""
+
+    tokenizer: str
+    tokenizer_size: int
+    end_tokens: list[int]
+    chat_template: str
+
+
 class ModelCard(BaseModel):
     """A served model. The fingerprint changes with its weights or its architecture."""
 
@@ -150,6 +159,7 @@ class ModelCard(BaseModel):
     created: int = 0
     fingerprint: str
     context_length: int
+    tokens: Tokens
     limits: Limits
 
 

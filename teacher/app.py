@@ -9,46 +9,45 @@ Knows nothing of Ray: `teacher.serve` deploys it, tests run it as it is.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeAlias, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Security
-from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ValidationError
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from teacher import wire
-from teacher.admission import Admission, RateLimit, RateLimited, Refused
+from teacher.admission import Admission, RateLimit
 from teacher.api import (
     MAX_SEQUENCES,
     ErrorBody,
-    ErrorDetail,
-    ErrorType,
     Health,
     ModelCard,
     ModelList,
     ScoreRequest,
     ScoreResponse,
 )
+from teacher.asgi import (
+    GONE,
+    JSON,
+    ApiError,
+    choose,
+    media_type,
+    read_body,
+    shape_errors,
+    unless_gone,
+)
 from teacher.auth import BearerAuth, KeyRing
 from teacher.completions import CompletionRequest, CompletionResponse
 from teacher.metrics import MEDIA_TYPE as METRICS_TYPE
 from teacher.metrics import Measured, Metrics
-from teacher.scorer import Scorer, ScorerDied, ScoringError
+from teacher.scorer import Scorer, ScorerDied
 from teacher.scores import Query, TokenScores
 
-log = logging.getLogger(__name__)
-
-_GONE = 499  # nginx's: nobody is there any more to read it
-_JSON = "application/json"
-
-ResultT = TypeVar("ResultT")
 BodyT = TypeVar("BodyT", bound=BaseModel)
 Shape: TypeAlias = Callable[[ModelCard, list[TokenScores]], Response]
 
@@ -59,15 +58,6 @@ class Teacher:
 
     card: ModelCard
     scorer: Scorer
-
-
-class ApiError(Exception):
-    """A request that is refused, with the status and the body that say why."""
-
-    def __init__(self, status: HTTPStatus, type_: str, message: str, param: str | None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.detail = ErrorDetail(type=type_, message=message, param=param)
 
 
 def build_app(
@@ -97,11 +87,7 @@ def build_app(
         max_body_bytes,
     )
     app = FastAPI(title="SCOPE teacher", description="Log-probs of given tokens under a teacher.")
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(Refused, _on_refusal)
-    app.add_exception_handler(ScoringError, _on_scoring_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_fault)
+    shape_errors(app)
     if keys:
         app.add_middleware(BearerAuth, keys=keys)
     app.add_middleware(Measured, metrics=service.metrics)
@@ -135,47 +121,28 @@ class _Service:
         """The answer to `request`, whose body `read` understands and whose scores it shapes."""
         try:
             with self.admission.request():
-                query, shape = read(await self._body(request), _media_type(request))
+                query, shape = read(
+                    await read_body(request, self.max_body_bytes), media_type(request)
+                )
                 teacher = self._choose(query)
                 if self.rate_limit:
                     self.rate_limit.spend(getattr(request.state, "caller", ""), query.tokens)
                 with self.admission.scoring(query.tokens):
-                    scores = await _unless_gone(
+                    scores = await unless_gone(
                         request, teacher.scorer.score(query.sequences, query.starts, query.top)
                     )
                 answer = shape(teacher.card, scores)
         except ClientDisconnect:
             self.metrics.cancelled.inc()
-            return Response(status_code=_GONE)
+            return Response(status_code=GONE)
         self.metrics.read.labels(teacher.card.id).inc(query.tokens)
         scored = sum(len(score.logprobs) for score in scores)
         self.metrics.scored.labels(teacher.card.id).inc(scored)
         return answer
 
-    async def _body(self, request: Request) -> bytes:
-        """All of the body, given up as soon as it is too long."""
-        length = request.headers.get("content-length", "0")
-        body = bytearray()
-        if length.isdigit() and int(length) > self.max_body_bytes:
-            raise self._too_long()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.max_body_bytes:
-                raise self._too_long()
-        return bytes(body)
-
-    def _too_long(self) -> ApiError:
-        message = f"the body is longer than {self.max_body_bytes} bytes"
-        return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_long", message, None)
-
     def _choose(self, query: Query) -> Teacher:
         """The teacher that is asked for, if it can score this at all."""
-        name = query.model if query.model is not None else next(iter(self.teachers))
-        if name not in self.teachers:
-            known = ", ".join(repr(id_) for id_ in self.teachers)
-            message = f"this server has no model {name!r}, only {known}"
-            raise ApiError(HTTPStatus.NOT_FOUND, "unknown_model", message, "model")
-        teacher = self.teachers[name]
+        teacher = self.teachers[choose(query.model, self.teachers)]
         _check(query, teacher.card)
         return teacher
 
@@ -208,30 +175,6 @@ def _check(query: Query, card: ModelCard) -> None:
                 f"token id {ids[place]} is outside of the vocabulary of {limits.vocab_size}",
                 query.path(index, place),
             )
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """The result of `work`, which is cancelled when the caller goes away.
-
-    Raises:
-        ClientDisconnect: it did.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    """Returns when the caller goes away; to be awaited when the body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 # -------------------------------------------------------------------------------- routes
@@ -285,8 +228,8 @@ def _secured_routes(service: _Service, *, secured: bool) -> APIRouter:
         has the one that `Accept` names."""
         binary = wire.MEDIA_TYPE in request.headers.get("accept", "")
 
-        def read(body: bytes, media_type: str) -> tuple[Query, Shape]:
-            query = _score_query(body, media_type)
+        def read(body: bytes, form: str) -> tuple[Query, Shape]:
+            query = _score_query(body, form)
             return query, lambda card, scores: _score_answer(card, scores, query.top, binary)
 
         return await service.answer(request, read)
@@ -300,8 +243,8 @@ def _secured_routes(service: _Service, *, secured: bool) -> APIRouter:
     async def completions(request: Request) -> Response:
         """Log-probs for OpenAI's clients."""
 
-        def read(body: bytes, media_type: str) -> tuple[Query, Shape]:
-            asked = _parse(CompletionRequest, body, media_type)
+        def read(body: bytes, form: str) -> tuple[Query, Shape]:
+            asked = _parse(CompletionRequest, body, form)
             return asked.query(), lambda card, scores: _json(asked.response(card.id, scores))
 
         return await service.answer(request, read)
@@ -319,7 +262,7 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
 def _takes(model: type[BaseModel], others: dict[str, Any] | None = None) -> dict[str, Any]:
     """The body of a route that parses it by itself, for the OpenAPI document."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    content = {_JSON: {"schema": _inlined(schema, schema.pop("$defs", {}))}, **(others or {})}
+    content = {JSON: {"schema": _inlined(schema, schema.pop("$defs", {}))}, **(others or {})}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -334,13 +277,9 @@ def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
     return {name: _inlined(part, definitions) for name, part in schema.items()}
 
 
-def _media_type(request: Request) -> str:
-    return request.headers.get("content-type", _JSON).partition(";")[0].strip().lower()
-
-
-def _score_query(body: bytes, media_type: str) -> Query:
-    if media_type != wire.MEDIA_TYPE:
-        return _parse(ScoreRequest, body, media_type).query()
+def _score_query(body: bytes, form: str) -> Query:
+    if form != wire.MEDIA_TYPE:
+        return _parse(ScoreRequest, body, form).query()
     try:
         return wire.decode_request(body)
     except wire.WireError as error:
@@ -356,10 +295,10 @@ def _score_answer(card: ModelCard, scores: list[TokenScores], top: int, binary: 
     return _json(ScoreResponse.of(card.id, card.fingerprint, scores, top), exclude_none=True)
 
 
-def _parse(kind: type[BodyT], body: bytes, media_type: str) -> BodyT:
+def _parse(kind: type[BodyT], body: bytes, form: str) -> BodyT:
     """A JSON body; the error names the first field that is wrong, by its path."""
-    if media_type != _JSON:
-        message = f"the body is {media_type!r}, not {_JSON}"
+    if form != JSON:
+        message = f"the body is {form!r}, not {JSON}"
         raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unknown_form", message, None)
     try:
         return kind.model_validate_json(body)
@@ -373,48 +312,4 @@ def _parse(kind: type[BodyT], body: bytes, media_type: str) -> BodyT:
 
 
 def _json(model: BaseModel, *, exclude_none: bool = False) -> Response:
-    return Response(model.model_dump_json(exclude_none=exclude_none), media_type=_JSON)
-
-
-# -------------------------------------------------------------------------------- errors
-
-
-def _answer(status: int, detail: ErrorDetail, headers: Any = None) -> JSONResponse:
-    return JSONResponse(ErrorBody(error=detail).model_dump(), status, headers=headers)
-
-
-async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
-    return _answer(error.status, error.detail)
-
-
-async def _on_refusal(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, Refused)
-    status, type_ = HTTPStatus.SERVICE_UNAVAILABLE, "overloaded"
-    if isinstance(error, RateLimited):
-        status, type_ = HTTPStatus.TOO_MANY_REQUESTS, "rate_limited"
-    detail = ErrorDetail(type=type_, message=str(error))
-    return _answer(status, detail, {"Retry-After": str(error.retry_after_s)})
-
-
-async def _on_scoring_error(_: Request, error: Exception) -> JSONResponse:
-    """The model's own fault, which asking again does not mend: clients tell it by its type."""
-    assert isinstance(error, ScoringError)
-    log.error("%s", error)
-    where = f"sequences.{error.sequence}"
-    detail = ErrorDetail(type=ErrorType.NO_LOGPROBS, message=str(error), param=where)
-    return _answer(HTTPStatus.INTERNAL_SERVER_ERROR, detail)
-
-
-async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    kind = HTTPStatus(error.status_code).name.lower()
-    detail = ErrorDetail(type=kind, message=str(error.detail))
-    return _answer(error.status_code, detail, error.headers)
-
-
-async def _on_fault(_: Request, __: Exception) -> JSONResponse:
-    """A fault of ours. Starlette raises it again after this answer, so that the server logs its
-    trace, which the client never sees."""
-    detail = ErrorDetail(type="server_error", message="the teacher failed; its log says why")
-    return _answer(HTTPStatus.INTERNAL_SERVER_ERROR, detail)
+    return Response(model.model_dump_json(exclude_none=exclude_none), media_type=JSON)

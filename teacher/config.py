@@ -3,12 +3,15 @@ only."""
 
 from __future__ import annotations
 
+import difflib
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from services.config import Config, EngineConfig, RedisConfig, Resources
+from services.config import DEFAULT_TEACHER, Config, EngineConfig, RedisConfig, Resources
 
 
 class CacheConfig(RedisConfig):
@@ -52,14 +55,14 @@ class Endpoint(Config):
     """The environment variable that holds its API key."""
 
 
-class TeacherConfig(Config):
-    """The teacher: one Ray Serve application, and the stage workers in front of it."""
+class TeacherModel(Config):
+    """One teacher: a model, and who serves it."""
 
     model: str
     """A Hugging Face directory or hub name; also the name that requests call the model by."""
     endpoints: list[Annotated[Endpoint, BeforeValidator(_endpoint)]] = Field(default_factory=list)
-    """Servers that hold this model already (each a URL, or more about it): the run then deploys no
-    teacher of its own."""
+    """Servers that hold this model already (each a URL, or more about it): the run then deploys
+    none of its own."""
     ca_file: Path | None = None
     """Certificates (PEM) of the private authority that vouches for the endpoints, on every node."""
     hedge_factor: float | None = Field(default=4.0, ge=1)
@@ -73,10 +76,6 @@ class TeacherConfig(Config):
     """As many replicas as the load needs, instead of a fixed number."""
     resources: Resources = Resources()
     """What each replica reserves."""
-    host: str = "127.0.0.1"
-    """Address to listen on. Any other than loopback needs at least one API key."""
-    port: int = Field(default=8000, ge=0, le=65_535)
-    """0 takes a free port."""
     max_sequence_tokens: int | None = Field(default=None, ge=2)
     """Longest prompt and completion together; None is the model's context length."""
     max_request_tokens: int = Field(default=1_048_576, ge=2)
@@ -97,28 +96,101 @@ class TeacherConfig(Config):
     """What each API key may have read by one replica on average; past it 429. None: no limit."""
     cache: CacheConfig | None = None
     """Remembers scores by model and token ids, so that replays and ablations pay once."""
-    workers: int = Field(default=1, ge=1)
-    """Stage workers that carry groups from the verified to the scored stream."""
-    capacity: int = Field(default=16, ge=1)
-    """Groups in flight in one worker; each is one request."""
     request_timeout_s: float = Field(default=300.0, gt=0)
     """One request from its first byte to the last of the answer. After it the group waits and
     is asked for again."""
-    start_timeout_s: float = Field(default=600.0, gt=0)
-    """How long the server may take to load its model and answer."""
     drain_s: float = Field(default=30.0, ge=0)
     """How long requests in flight may still take when a replica is told to stop."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> TeacherConfig:
+    def _served_once(self) -> TeacherModel:
         if self.autoscale and self.replicas != 1:
             raise ValueError("replicas is fixed by autoscale: leave it out")
-        own = ("replicas", "autoscale", "host", "engine", "resources", "key_tokens_per_s", "cache")
-        fields = type(self).model_fields
-        changed = [name for name in own if getattr(self, name) != fields[name].get_default()]
-        if self.endpoints and changed:
+        own = ("replicas", "autoscale", "engine", "resources", "key_tokens_per_s", "cache")
+        if self.endpoints and (changed := self._changed(own)):
             raise ValueError(
-                f"endpoints are served by others, so this run serves no teacher: leave out "
+                f"endpoints are served by others, so this run serves no such teacher: leave out "
                 f"{', '.join(changed)}"
             )
+        return self
+
+    def _changed(self, names: tuple[str, ...]) -> list[str]:
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].get_default()]
+
+    @property
+    def least_replicas(self) -> int:
+        """Copies that there always are."""
+        return self.autoscale.min_replicas if self.autoscale else self.replicas
+
+
+class OtherTeacher(TeacherModel):
+    """A teacher of some of the prompts: of those whose row names it (`extra_info.teacher`), and of
+    data sources."""
+
+    data_sources: tuple[str, ...] = ()
+    """Whose prompts go to it, besides the data source of its own name."""
+
+
+class TeacherConfig(TeacherModel):
+    """The teachers of a run: the one that scores whatever names no other, the others, the address
+    at which all are served, and the stage workers in front of them."""
+
+    others: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], OtherTeacher] = Field(
+        default_factory=dict
+    )
+    """More teachers by name, each with all the settings of one."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than loopback needs at least one API key."""
+    port: int = Field(default=8000, ge=0, le=65_535)
+    """0 takes a free port."""
+    workers: int = Field(default=1, ge=1)
+    """Stage workers that carry groups from the verified to the scored stream."""
+    capacity: int = Field(default=16, ge=1)
+    """Groups in flight in one worker; each is one request."""
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    """How long the servers may take to load their models and answer."""
+
+    @property
+    def named(self) -> dict[str, TeacherModel]:
+        """All teachers by name, the default first."""
+        return {DEFAULT_TEACHER: self, **self.others}
+
+    @property
+    def served(self) -> dict[str, TeacherModel]:
+        """Those that are not somebody else's."""
+        return {name: one for name, one in self.named.items() if not one.endpoints}
+
+    def router(self) -> Callable[[str | None, str], str]:
+        """A function from the teacher that a row names, if any, and its data source to the name of
+        the teacher that scores it. It raises ValueError where there is no such teacher."""
+        by_source = {source: name for name in self.others for source in self._sources(name)}
+        known = [*self.named]
+
+        def route(named: str | None, data_source: str) -> str:
+            if named is None:
+                return by_source.get(data_source, DEFAULT_TEACHER)
+            if named not in known:
+                near = difflib.get_close_matches(named, known, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]!r}?" if near else f"only {', '.join(known)}"
+                raise ValueError(f"this run has no teacher {named!r}; {hint}")
+            return named
+
+        return route
+
+    def _sources(self, name: str) -> tuple[str, ...]:
+        return (name, *self.others[name].data_sources)
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> TeacherConfig:
+        if DEFAULT_TEACHER in self.others:
+            raise ValueError(f"others may not be called {DEFAULT_TEACHER!r}: that is this teacher")
+        if not self.served and self._changed(("host",)):
+            raise ValueError("endpoints are served by others: leave out host")
+        sources = Counter(s for name in self.others for s in {*self._sources(name)})
+        models = Counter(one.model for one in self.served.values())
+        for what, counted in (("data source", sources), ("model", models)):
+            for value, times in counted.items():
+                if times > 1:
+                    raise ValueError(f"{what} {value!r} belongs to {times} teachers: choose one")
         return self

@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.stage import BadItem, Unavailable
+from teacher.api import ModelCard
 from teacher.client import (
     BadAnswer,
     Busy,
@@ -31,7 +32,7 @@ from teacher.client import (
     TeacherClient,
     Unreachable,
 )
-from teacher.config import TeacherConfig
+from teacher.config import TeacherModel
 from teacher.openai_client import CompletionsClient, Probe
 from teacher.scores import TokenScores
 
@@ -51,7 +52,7 @@ class MissingKey(RuntimeError):
     """An API key is not where the config says."""
 
 
-def targets(config: TeacherConfig, environment: Mapping[str, str]) -> list[Target]:
+def targets(config: TeacherModel, environment: Mapping[str, str]) -> list[Target]:
     """The configured servers with their keys.
 
     Raises:
@@ -69,6 +70,63 @@ def targets(config: TeacherConfig, environment: Mapping[str, str]) -> list[Targe
     return made
 
 
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """Where one teacher is, and how it is asked.
+
+    Args:
+        targets: its servers; at least one.
+        timeout_s: for one request to one server, answer included.
+        fingerprint: the model that must answer; None pins the first that does.
+        hedge_factor: a request that takes so many times as long as a slow one is sent to a
+            second server too; None never does.
+    """
+
+    targets: Sequence[Target]
+    timeout_s: float
+    fingerprint: str | None = None
+    hedge_factor: float | None = None
+
+
+async def cards(servers: Servers) -> list[ModelCard]:
+    """What the servers tell of their model: one card of each that is of this project and answers.
+
+    Raises:
+        Unavailable, BadAnswer: none of them answers as it should; of the last.
+    """
+    found: list[ModelCard] = []
+    failed: Exception | None = None
+    answered = False
+    for target in servers.targets:
+        try:
+            client = await _dialect(target, servers.timeout_s, None, Probe())
+            try:
+                if isinstance(client, TeacherClient):
+                    found.append(await client.info())
+            finally:
+                await client.aclose()
+            answered = True
+        except (Unavailable, BadAnswer) as error:
+            failed = error
+    if failed is not None and not answered:
+        raise failed
+    return found
+
+
+async def _dialect(
+    target: Target, timeout_s: float, fingerprint: str | None, probe: Probe
+) -> Client:
+    """A client that speaks as the server does: only ours tells fingerprints."""
+    http = Http(target, timeout_s=timeout_s)
+    try:
+        response = await http.ask("GET", "/v1/models")
+    finally:
+        await http.aclose()
+    if b'"fingerprint"' in response.content:
+        return TeacherClient(target, timeout_s=timeout_s, fingerprint=fingerprint)
+    return CompletionsClient(target, timeout_s=timeout_s, probe=probe)
+
+
 @dataclass(eq=False)
 class _Server:
     target: Target
@@ -84,28 +142,13 @@ class _Server:
 
 
 class TeacherPool:
-    """See the module.
+    """See the module."""
 
-    Args:
-        targets: where the servers are; at least one.
-        timeout_s: for one request to one server, answer included.
-        fingerprint: the model that must answer; None pins the first that does.
-        hedge_factor: a request that takes so many times as long as a slow one is sent to a
-            second server too; None never does.
-    """
-
-    def __init__(
-        self,
-        targets: Sequence[Target],
-        *,
-        timeout_s: float,
-        fingerprint: str | None = None,
-        hedge_factor: float | None = None,
-    ) -> None:
-        self._servers = [_Server(target) for target in targets]
-        self._timeout_s = timeout_s
-        self._fingerprint = fingerprint
-        self._hedge_factor = hedge_factor
+    def __init__(self, servers: Servers) -> None:
+        self._servers = [_Server(target) for target in servers.targets]
+        self._timeout_s = servers.timeout_s
+        self._fingerprint = servers.fingerprint
+        self._hedge_factor = servers.hedge_factor
         self._probe = Probe()
         self._changed = asyncio.Event()  # set and replaced whenever a server's state does
         self.requests = 0
@@ -282,7 +325,9 @@ class TeacherPool:
             Unavailable, BadAnswer: it does not answer, or not as it should.
         """
         if server.client is None:
-            server.client = await self._dialect(server.target)
+            server.client = await _dialect(
+                server.target, self._timeout_s, self._fingerprint, self._probe
+            )
         await server.client.check()
         if isinstance(server.client, TeacherClient):
             found = server.client.fingerprint
@@ -292,17 +337,6 @@ class TeacherPool:
                 raise BadAnswer(f"{server.target.url} is another model: {found}")
         elif self._fingerprint is None:
             self._fingerprint = server.client.fingerprint
-
-    async def _dialect(self, target: Target) -> Client:
-        """A client that speaks as the server does: only ours tells fingerprints."""
-        http = Http(target, timeout_s=self._timeout_s)
-        try:
-            response = await http.ask("GET", "/v1/models")
-        finally:
-            await http.aclose()
-        if b'"fingerprint"' in response.content:
-            return TeacherClient(target, timeout_s=self._timeout_s, fingerprint=self._fingerprint)
-        return CompletionsClient(target, timeout_s=self._timeout_s, probe=self._probe)
 
 
 async def _first_success(

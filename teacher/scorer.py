@@ -8,8 +8,8 @@ from typing import Protocol
 from services import engines
 from services.engines import EngineError
 from services.models import fingerprint
-from teacher.api import Limits, ModelCard
-from teacher.config import TeacherConfig
+from teacher.api import Limits, ModelCard, Tokens
+from teacher.config import TeacherModel
 from teacher.scores import InvalidLogProbs, TokenScores
 
 
@@ -67,7 +67,7 @@ def check_starts(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> N
             raise ValueError(f"cannot score from token {start} of a sequence of {len(ids)}")
 
 
-def build_scorer(config: TeacherConfig) -> Scorer:
+def build_scorer(config: TeacherModel) -> Scorer:
     """Loads the teacher with the configured engine. Takes as long as reading its weights.
 
     Raises:
@@ -84,7 +84,7 @@ def build_scorer(config: TeacherConfig) -> Scorer:
     return PackedScorer(model, batch_tokens=config.batch_tokens)
 
 
-def check_scorer(config: TeacherConfig) -> None:
+def check_scorer(config: TeacherModel) -> None:
     """Refuses what `build_scorer` would, as far as that can be told without loading anything:
     vLLM's arguments are checked by vLLM, where it is installed.
 
@@ -101,7 +101,7 @@ def check_scorer(config: TeacherConfig) -> None:
         engines.choose(config.engine, "teacher.engine")
 
 
-def model_card(config: TeacherConfig) -> ModelCard:
+def model_card(config: TeacherModel) -> ModelCard:
     """What the server tells about its model, read from the model's directory.
 
     Raises:
@@ -123,6 +123,12 @@ def model_card(config: TeacherConfig) -> ModelCard:
         id=config.model,
         fingerprint=found.model,
         context_length=found.context_length or limit,
+        tokens=Tokens(
+            tokenizer=found.tokenizer,
+            tokenizer_size=found.tokenizer_size,
+            end_tokens=list(found.end_tokens),
+            chat_template=found.chat_template,
+        ),
         limits=Limits(
             max_sequence_tokens=limit,
             max_request_tokens=config.max_request_tokens,

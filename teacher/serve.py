@@ -1,12 +1,15 @@
 """The teacher on Ray Serve: replicas of the REST application behind Serve's HTTP proxy.
 
-    TeacherWorker ──HTTP──▶ Serve proxy (host:port) ──▶ replica: build_app ▶ Scorer ▶ model
+    one model      HTTP ──▶ Serve proxy (host:port) ──▶ replica: build_app ▶ Scorer ▶ model
+    more of them   HTTP ──▶ Serve proxy ──▶ front ──▶ replica of the model that is asked for
 
-The only module of this room that imports Ray.
+Each model is a deployment of its own, so that it scales, fails and is replaced alone. The only
+module of this room that imports Ray.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
@@ -19,23 +22,26 @@ import httpx
 import ray.util
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import ActorAlreadyExistsError
+from ray.exceptions import ActorAlreadyExistsError, RayActorError
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from services.redis_server import resolve_url
-from teacher.admission import Admission, RateLimit
+from teacher.admission import Admission, Overloaded, RateLimit
 from teacher.api import ModelCard
 from teacher.app import Teacher, build_app
 from teacher.auth import KeyRing, require_keys
 from teacher.cache import CachedScorer, connect
-from teacher.config import TeacherConfig
+from teacher.config import TeacherConfig, TeacherModel
+from teacher.front import Answered, Ask, Asked, Away, ask_app, build_front
 from teacher.metrics import Metrics
 from teacher.scorer import Scorer, build_scorer, model_card
 
 log = logging.getLogger(__name__)
 
-DEPLOYMENT = "teacher"
+DEPLOYMENT = "teacher"  # what Serve's proxy asks; with several models each is `teacher-<name>`
 _POLL_S = 0.2
 _HEALTH_TIMEOUT_S = 5.0
 _DRAIN_POLL_S = 0.2
@@ -56,8 +62,9 @@ class TeacherReplica:
     that the proxy sends no request to a replica that cannot answer."""
 
     _teacher: Teacher | None = None  # until it is loaded
+    _app: FastAPI | None = None
 
-    def __init__(self, config: TeacherConfig, keys: KeyRing) -> None:
+    def __init__(self, config: TeacherModel, keys: KeyRing) -> None:
         self._config, self._keys = config, keys
         card = model_card(config)  # first: it fails at once where loading takes minutes
         self._metrics = Metrics()
@@ -76,6 +83,12 @@ class TeacherReplica:
             rate_limit=RateLimit(config.key_tokens_per_s) if config.key_tokens_per_s else None,
             metrics=self._metrics,
         )
+
+    async def ask(self, asked: Asked) -> Answered:
+        """What the application answers, to the front that stands before several models."""
+        if self._app is None:
+            self._app = self.__serve_build_asgi_app__()
+        return await ask_app(self._app, asked)
 
     def _remembering(self, scorer: Scorer, card: ModelCard) -> Scorer:
         """`scorer`, behind the cache if there is one."""
@@ -103,6 +116,52 @@ class TeacherReplica:
             await self._teacher.scorer.close()
 
 
+class FrontReplica:
+    """What Serve's proxy asks where there are several models."""
+
+    def __init__(
+        self, models: dict[str, TeacherModel], keys: KeyRing, *handles: DeploymentHandle[Any]
+    ) -> None:
+        self._models, self._keys, self._handles = models, keys, handles
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        models = [*self._models.values()]
+        asks = map(_through, self._handles)
+        return build_front(
+            dict(zip((one.model for one in models), asks, strict=True)),
+            self._keys,
+            max_body_bytes=max(one.max_body_bytes for one in models),
+            admission=Admission(max_requests=_held(models), max_tokens=0),
+        )
+
+
+def _held(models: Iterable[TeacherModel]) -> int:
+    """Requests that all replicas together hold, however many there are."""
+    return sum(
+        one.max_ongoing_requests * (one.autoscale.max_replicas if one.autoscale else one.replicas)
+        for one in models
+    )
+
+
+def _through(handle: DeploymentHandle[Any]) -> Ask:
+    """The way to a model's replicas."""
+
+    async def ask(asked: Asked) -> Answered:
+        response = handle.ask.remote(asked)
+        try:
+            answer: Answered = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError as error:
+            raise Overloaded("as many requests as may are waiting already", 1) from error
+        except (RayActorError, RayServeException) as error:
+            raise Away("its replica is being replaced") from error
+        return answer
+
+    return ask
+
+
 def application(settings: dict[str, Any]) -> serve.Application:
     """The teacher for a Serve config file: `import_path: teacher.serve:application`, with the
     settings of `TeacherConfig` as `args` and the API keys in SCOPE_TEACHER_KEYS, separated by
@@ -110,27 +169,31 @@ def application(settings: dict[str, Any]) -> serve.Application:
 
     Raises:
         pydantic.ValidationError: the settings are not a teacher's.
+        ValueError: others serve all its models.
         teacher.auth.InsecureAddress: it would listen to other machines without a key.
     """
     config = TeacherConfig.model_validate(settings)
     ring = KeyRing(key for key in os.environ.get("SCOPE_TEACHER_KEYS", "").split(",") if key)
     require_keys(config.host, ring)
+    if not config.served:
+        raise ValueError("endpoints are served by others: there is no teacher to serve here")
     return _bind(config, ring)
 
 
 def deploy_teacher(
     config: TeacherConfig, keys: Iterable[str], *, name: str, route_prefix: str = "/"
 ) -> str:
-    """Deploys the teacher on the Ray cluster at hand and waits until it answers.
+    """Deploys the models of `config` that are not served by others on the Ray cluster at hand, and
+    waits until they answer.
 
     Args:
-        config: what to serve, and where to listen.
+        config: what to serve, at least one model, and where to listen.
         keys: API keys; only their digests leave this process.
         name: of the Serve application; one that exists under it is replaced.
         route_prefix: path under which it is served.
 
     Returns:
-        The URL for `TeacherClient`.
+        The URL for `TeacherClient`; with several models, requests name theirs.
 
     Raises:
         teacher.auth.InsecureAddress: it would listen to other machines without a key.
@@ -147,14 +210,38 @@ def deploy_teacher(
     except TeacherFailed:
         serve.delete(name, _blocking=False)  # or it would be started again and again
         raise
-    log.info("the teacher %s is served at %s", config.model, url)
+    log.info("%s served at %s", ", ".join(one.model for one in config.served.values()), url)
     return url
 
 
 def _bind(config: TeacherConfig, ring: KeyRing) -> serve.Application:
-    deployment = serve.deployment(
-        serve.ingress()(TeacherReplica),
+    served = config.served
+    if len(served) == 1:
+        (only,) = served.values()
+        return _model(serve.ingress()(TeacherReplica), DEPLOYMENT, only, ring)
+    models = [
+        _model(TeacherReplica, f"{DEPLOYMENT}-{name}", one, ring) for name, one in served.items()
+    ]
+    held = _held(served.values())
+    front = serve.deployment(
+        serve.ingress()(FrontReplica),
         name=DEPLOYMENT,
+        max_ongoing_requests=held + _TURNED_AWAY,
+        max_queued_requests=_TURNED_AWAY,
+        graceful_shutdown_timeout_s=max(one.drain_s for one in served.values()),
+        graceful_shutdown_wait_loop_s=_DRAIN_POLL_S,
+        ray_actor_options={"num_cpus": 0},
+    )
+    bound: serve.Application = front.bind(served, ring, *models)
+    return bound
+
+
+def _model(
+    replica: type[Any], deployment: str, config: TeacherModel, ring: KeyRing
+) -> serve.Application:
+    made = serve.deployment(
+        replica,
+        name=deployment,
         **_size(config),
         # More than a replica holds, so that the refusal is its own: Serve's names no time.
         max_ongoing_requests=config.max_ongoing_requests + _TURNED_AWAY,
@@ -168,7 +255,7 @@ def _bind(config: TeacherConfig, ring: KeyRing) -> serve.Application:
             "resources": config.resources.custom,
         },
     )
-    bound: serve.Application = deployment.bind(config, ring)
+    bound: serve.Application = made.bind(config, ring)
     return bound
 
 
@@ -177,7 +264,7 @@ def stop_teacher(name: str) -> None:
     serve.delete(name)
 
 
-def _size(config: TeacherConfig) -> dict[str, Any]:
+def _size(config: TeacherModel) -> dict[str, Any]:
     """How many replicas there are, as options of a deployment."""
     scale = config.autoscale
     if scale is None:
@@ -189,6 +276,8 @@ def _size(config: TeacherConfig) -> dict[str, Any]:
             "target_ongoing_requests": scale.target_requests,
             "upscale_delay_s": scale.upscale_delay_s,
             "downscale_delay_s": scale.downscale_delay_s,
+            # What is averaged over a longer time than the delay only makes the delay longer.
+            "look_back_period_s": max(1.0, min(30.0, scale.upscale_delay_s)),
         }
     }
 
@@ -213,7 +302,9 @@ def _start_http(config: TeacherConfig) -> str:
                 http_options={
                     "host": host,
                     "port": port,
-                    "request_timeout_s": config.request_timeout_s,
+                    "request_timeout_s": max(
+                        one.request_timeout_s for one in config.served.values()
+                    ),
                 },
             )
         except ActorAlreadyExistsError:  # another run on this cluster was faster
@@ -242,30 +333,30 @@ def _reachable(host: str) -> str:
 def _wait_until_healthy(name: str, url: str, timeout_s: float) -> None:
     """Waits until `/health` answers through the proxy, or Serve gives the application up."""
     started = time.monotonic()
-    said = "nothing"
+    said = ["nothing"]
     while time.monotonic() - started < timeout_s:
         application = serve.status().applications.get(name)
         if application is not None:
-            replica = application.deployments.get(DEPLOYMENT)
-            said = (replica.message if replica else "") or application.message or said
+            messages = filter(None, (one.message for one in application.deployments.values()))
+            said = [*messages] or ([application.message] if application.message else said)
             if application.status == ApplicationStatus.DEPLOY_FAILED:
-                log.error("the teacher's replica failed to start: %s", said)
+                log.error("the teacher's replica failed to start: %s", "\n".join(said))
                 raise TeacherFailed(f"the teacher at {url} failed to start: {_gist(said)}")
         if application is not None and application.status == ApplicationStatus.RUNNING:
             try:
                 answer = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S)
             except httpx.HTTPError as error:
-                said = f"{url}/health cannot be reached: {error}"
+                said = [f"{url}/health cannot be reached: {error}"]
             else:
                 if answer.is_success:
                     return
-                said = f"{url}/health answered {answer.status_code}: {answer.text[:300]}"
+                said = [f"{url}/health answered {answer.status_code}: {answer.text[:300]}"]
         time.sleep(_POLL_S)
     raise TeacherFailed(
         f"the teacher at {url} was not healthy within {timeout_s:g} s; it last said: {_gist(said)}"
     )
 
 
-def _gist(said: str) -> str:
-    """The last line: of a traceback it is the error, and Serve's other messages have but one."""
-    return said.strip().rpartition("\n")[2]
+def _gist(said: Iterable[str]) -> str:
+    """The last lines: of a traceback it is the error, and Serve's other messages have but one."""
+    return "; ".join(message.strip().rpartition("\n")[2] for message in said)

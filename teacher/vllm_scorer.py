@@ -11,7 +11,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from services import vllm_core
 from services.config import EngineConfig
-from teacher.config import TeacherConfig
+from teacher.config import TeacherModel
 from teacher.scorer import ScorerDied, ScoringError, check_starts
 from teacher.scores import InvalidLogProbs, TokenScores, valid_scores
 
@@ -21,7 +21,7 @@ SECTION = "teacher.engine"  # of a run's config, for messages
 _CHUNK_TOKENS = 2048
 
 
-def engine_args(config: TeacherConfig, longest: int) -> AsyncEngineArgs:
+def engine_args(config: TeacherModel, longest: int) -> AsyncEngineArgs:
     """What vLLM scores with, sequences of up to `longest` tokens.
 
     Raises:
@@ -45,7 +45,7 @@ def engine_args(config: TeacherConfig, longest: int) -> AsyncEngineArgs:
     )
 
 
-def check(config: TeacherConfig, longest: int) -> None:
+def check(config: TeacherModel, longest: int) -> None:
     """See `teacher.scorer.check_scorer`."""
 
     def make(engine: EngineConfig) -> AsyncEngineArgs:
@@ -67,7 +67,7 @@ class VLLMScorer:
         services.models.ModelError: there is no such model.
     """
 
-    def __init__(self, config: TeacherConfig, longest: int) -> None:
+    def __init__(self, config: TeacherModel, longest: int) -> None:
         self._running = vllm_core.start(engine_args(config, longest), SECTION)
         self._llm = self._running.llm
 

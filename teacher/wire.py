@@ -106,6 +106,16 @@ def decode_request(body: bytes) -> Query:
     )
 
 
+def model_of(body: bytes) -> str | None:
+    """The model that a request names, read from its header alone; None where there is none."""
+    length = int.from_bytes(body[:_HEADER_BYTES], "little")
+    try:
+        metadata = json.loads(body[_HEADER_BYTES : _HEADER_BYTES + length])["__metadata__"]
+        return str(metadata["model"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def encode_answer(model: str, fingerprint: str, scores: Sequence[TokenScores], top: int) -> bytes:
     """The answer that holds `scores`."""
     arrays: dict[str, Array] = {

@@ -1,6 +1,6 @@
-"""The teacher's stage: verified groups in, groups with the teacher's log-probs out.
+"""The teacher's stage: verified groups in, groups with a teacher's log-probs out.
 
-verified ──▶ only the trajectories that the objective needs ──REST──▶ teacher
+verified ──▶ only the trajectories that the objective needs ──REST──▶ the prompt's teacher
    scored ◀── all of the group, with checked log-probs ◀──────────────┘
 """
 
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from services.stage import Busy, Connection, Stage, new_consumer
+from services.stage import BadItem, Busy, Connection, Stage, new_consumer
 from services.trajectory import (
     Outcome,
     ScoredGroup,
@@ -22,9 +22,7 @@ from services.trajectory import (
     decode,
     encode,
 )
-from teacher.client import Target
-from teacher.config import TeacherConfig
-from teacher.pool import TeacherPool
+from teacher.pool import Servers, TeacherPool
 from teacher.scores import TokenScores
 
 Need: TypeAlias = Literal["incorrect", "all", "none"]
@@ -42,39 +40,35 @@ class TeacherWorker:
 
     Args:
         connection: the run.
-        config: capacity and time-outs.
-        targets: the servers that hold the teacher.
+        teachers: each of the run's by its name; none where the objective asks none.
         need: which trajectories the objective wants scored.
         top: how many of the most likely tokens it wants with each.
-        expected_fingerprint: the only model whose scores are taken; None pins the first seen.
         name: of this worker. Each incarnation adds a suffix, because a restarted worker must
             not share a consumer in Redis with the one that it replaces.
+        capacity: groups in flight.
     """
 
     def __init__(
         self,
         connection: Connection,
-        config: TeacherConfig,
-        targets: Sequence[Target],
+        teachers: Mapping[str, Servers],
         need: Need,
-        expected_fingerprint: str | None,
         top: int,
         name: str,
+        *,
+        capacity: int,
     ) -> None:
         self._top = top
         self.consumer = new_consumer(name)
         self._connection = connection
-        self._config = config
+        self._capacity = capacity
         self._outcomes = _OUTCOMES[need]
-        self._teacher = TeacherPool(
-            targets,
-            timeout_s=config.request_timeout_s,
-            fingerprint=expected_fingerprint,
-            hedge_factor=config.hedge_factor,
-        )
+        self._teachers = {name: TeacherPool(servers) for name, servers in teachers.items()}
         self._stopping = asyncio.Event()
         self._busy = Busy()
         self._asked: Counter[str] = Counter(requests=0, sequences=0, tokens=0)
+        if len(teachers) > 1:
+            self._asked.update({f"sequences_{name}": 0 for name in teachers})
 
     async def run(self) -> None:
         """Works until `stop`; then finishes the groups that it holds.
@@ -90,7 +84,7 @@ class TeacherWorker:
             source="verified",
             target="scored",
             process=self._process,
-            capacity=self._config.capacity,
+            capacity=self._capacity,
             config=self._connection.config,
             stopping=self._stopping,
             details=self._details,
@@ -98,7 +92,8 @@ class TeacherWorker:
         try:
             await stage.run()
         finally:
-            await self._teacher.aclose()
+            for pool in self._teachers.values():
+                await pool.aclose()
             await lane.redis.aclose()
 
     async def stop(self) -> None:
@@ -106,14 +101,14 @@ class TeacherWorker:
         self._stopping.set()
 
     def _details(self) -> dict[str, float]:
-        pool = self._teacher
+        pools = self._teachers.values()
         return {
             "workers": 1.0,
             **self._asked,
             "asking_s": self._busy.seconds,
-            "retried": pool.retried,
-            "hedged": pool.hedged,
-            "servers_down": pool.down,
+            "retried": sum(pool.retried for pool in pools),
+            "hedged": sum(pool.hedged for pool in pools),
+            "servers_down": sum(pool.down for pool in pools),
         }
 
     async def _process(self, payload: bytes) -> bytes:
@@ -126,12 +121,15 @@ class TeacherWorker:
             none = TokenScores.empty(self._top)
             top = {place: TopTokens(none.top_ids, none.top_logprobs) for place in places}
         asked = [place for place in places if len(trajectories[place].token_ids)]
+        scored_by = ""
         if asked:
             prompt = group.rollout.prompt.token_ids
+            pool = self._pool(group.rollout.prompt.teacher)
             with self._busy:
-                scores = await self._teacher.score(
+                scores = await pool.score(
                     [(prompt, trajectories[place].token_ids) for place in asked], self._top
                 )
+            scored_by = pool.fingerprint
             logprobs.update(zip(asked, (score.logprobs for score in scores), strict=True))
             if self._top:
                 found = (TopTokens(score.top_ids, score.top_logprobs) for score in scores)
@@ -140,5 +138,11 @@ class TeacherWorker:
             self._asked.update(
                 requests=1, sequences=len(asked), tokens=len(prompt) * len(asked) + completions
             )
-        teacher = self._teacher.fingerprint if asked else ""
-        return encode(ScoredGroup(group, logprobs, teacher, top))
+            if len(self._teachers) > 1:
+                self._asked[f"sequences_{group.rollout.prompt.teacher}"] += len(asked)
+        return encode(ScoredGroup(group, logprobs, scored_by, top))
+
+    def _pool(self, name: str) -> TeacherPool:
+        if name not in self._teachers:
+            raise BadItem(f"this run has no teacher {name!r}, only {', '.join(self._teachers)}")
+        return self._teachers[name]

@@ -110,6 +110,8 @@ def ray_cluster() -> Iterator[None]:
     import ray
     from ray import serve
 
+    # Replicas come and go within seconds of what calls for them, rather than tens of them.
+    os.environ.setdefault("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
     ray.init("local", num_cpus=2, include_dashboard=False)
     yield
     serve.shutdown()

@@ -61,6 +61,16 @@ def test_the_papers_configurations_are_the_papers(name: str) -> None:
         ("no-equals-sign", "an override is section.key=value, not 'no-equals-sign'"),
         ("ray.address=auto", "needs redis.url"),
         ("rollout.engine.weight_transfer=nccl", "weight_transfer 'nccl' goes from GPU to GPU"),
+        (
+            "teacher.others.code.modle=x",
+            "unknown key 'teacher.others.code.modle'; did you mean 'model'",
+        ),
+        ("teacher.others.code={model: t}", "teacher: model 't' belongs to 2 teachers"),
+        (
+            "teacher.others.code={model: x, engine: {args: {tensor_parallel_size: 2}}, "
+            "resources: {gpus: 1}}",
+            "teacher.others.code.engine.args ask for 2 GPUs",
+        ),
         ("name=../x", "name: String should match pattern"),
     ],
 )
@@ -74,6 +84,14 @@ def test_a_mistake_is_one_clear_sentence(override: str, message: str, tmp_path: 
 def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.ranks: .*'sede'.*'seed'"):
         load(written(tmp_path), ["sede=1", "trainer.ranks=0"])
+
+
+def test_a_run_s_config_without_a_teacher_serves_none(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    assert load(path, ["teacher=null"]).teacher is None
+    path.write_text(yaml.safe_dump({k: v for k, v in SMALL.items() if k != "teacher"}))
+    with pytest.raises(ConfigError, match="is a run's config that has no teacher"):
+        load_teacher(path)
 
 
 def test_overrides_are_yaml_and_make_sections(tmp_path: Path) -> None:

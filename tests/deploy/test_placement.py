@@ -28,9 +28,23 @@ def test_the_learner_is_placed_first_and_packed() -> None:
     assert str(found[0]) == "2 × learner rank with 4 CPU and 1 GPU"
 
 
-def test_nothing_is_reserved_for_a_teacher_that_others_serve() -> None:
-    teacher = "teacher={model: Qwen/Qwen3-8B, endpoints: ['http://teacher:8000']}"
-    assert "teacher replica" not in {role.name for role in roles(load(PAPER, [teacher]))}
+def test_replicas_are_reserved_of_every_teacher_that_the_run_serves_and_asks() -> None:
+    def replicas(*overrides: str) -> dict[str, int]:
+        found = roles(load(PAPER, overrides))
+        return {role.name: role.count for role in found if "teacher" in role.name}
+
+    several = (
+        "teacher.others.code={model: c, replicas: 3}",
+        "teacher.others.proofs={model: p, autoscale: {min_replicas: 2, max_replicas: 8}}",
+        "teacher.others.other={model: o, endpoints: ['http://o']}",
+    )
+    assert replicas(*several) == {
+        "teacher replica": 2, "teacher replica (code)": 3, "teacher replica (proofs)": 2,
+    }  # fmt: skip
+    assert replicas("teacher={model: t, endpoints: ['http://t']}") == {}
+    for kind in ("grpo", "rft", "kd"):
+        assert replicas(*several, f"trainer.objective.kind={kind}") == {}
+    assert replicas("teacher=null", "trainer.objective.kind=grpo") == {}
 
 
 def test_kd_reserves_a_worker_that_samples_from_the_student_for_evaluations() -> None:

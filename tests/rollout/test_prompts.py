@@ -102,6 +102,47 @@ def test_a_number_is_a_ground_truth(tmp_path: Path) -> None:
     assert load_rows(data(file), tiny_tokenizer())[0].reference == "42"
 
 
+def _route(named: str | None, data_source: str) -> str:
+    if named == "cod":
+        raise ValueError("this run has no teacher 'cod'; did you mean 'code'?")
+    return named or data_source
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_row_s_teacher_travels_with_its_prompt(tmp_path: Path, suffix: str) -> None:
+    named = {**GOOD, "extra_info": {"index": 1, "teacher": "code", "long": "x" * 100}}
+    plain = {**GOOD, "extra_info": {"index": 2}}
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        jsonl(file, named, plain)
+    else:
+        pq.write_table(pa.Table.from_pylist([named, plain]), file)
+    read = load_rows(data(file), tiny_tokenizer(), _route)
+    assert [row.teacher for row in read] == ["code", "sums"]
+    fed = PromptSource(read, SAMPLING, seed=0, data=data(file, shuffle=False))
+    assert [fed.prompt(order).teacher for order in range(2)] == ["code", "sums"]
+    assert {row.teacher for row in load_rows(data(file), tiny_tokenizer())} == {"default"}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "complaint"),
+    [("cod", "extra_info.teacher: this run has no teacher 'cod'; did you"), (7, "is not text")],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_row_that_names_no_teacher_of_the_run_is_named(
+    tmp_path: Path, suffix: str, teacher: str | int, complaint: str
+) -> None:
+    bad = {**GOOD, "extra_info": {"teacher": teacher}}
+    file, where = tmp_path / f"a.{suffix}", "line 2" if suffix == "jsonl" else "row 1"
+    if suffix == "jsonl":
+        jsonl(file, GOOD, bad)
+    else:
+        pq.write_table(pa.Table.from_pylist([{**bad, "extra_info": {"teacher": None}}, bad]), file)
+    with pytest.raises(DataError, match=complaint) as caught:
+        load_rows(data(file), tiny_tokenizer(), _route)
+    assert f"{file}, {where}: extra_info.teacher" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from teacher import wire
 from teacher.admission import Admission, RateLimit
-from teacher.api import Limits, ModelCard, SequenceScore
+from teacher.api import Limits, ModelCard, SequenceScore, Tokens
 from teacher.app import Teacher, build_app
 from teacher.auth import KeyRing
 from teacher.scorer import ScorerDied
@@ -28,6 +28,7 @@ FAKE_CARD = ModelCard(
     id="fake-teacher",
     fingerprint="f00d",
     context_length=64,
+    tokens=Tokens(tokenizer="7e57", tokenizer_size=100, end_tokens=[1], chat_template="c4a7"),
     limits=Limits(
         max_sequence_tokens=16, max_request_tokens=48, max_top_logprobs=5, vocab_size=100
     ),
@@ -35,11 +36,12 @@ FAKE_CARD = ModelCard(
 
 
 class FakeScorer:
-    """Scores every token as minus a hundredth of its id, so that ids from 0 on are the most
-    likely ones everywhere; or raises what it is told to. While `held` is set it does not answer.
-    """
+    """Scores every token as minus a hundredth of its id (`scale` times), so that ids from 0 on are
+    the most likely ones everywhere; or raises what it is told to. While `held` is set it does not
+    answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float = 1.0) -> None:
+        self._scale = scale
         self.error: Exception | None = None
         self.calls: list[tuple[list[list[int]], list[int]]] = []
         self.held: asyncio.Event | None = None
@@ -57,7 +59,8 @@ class FakeScorer:
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
-        return [fake_scores(ids[start:], top) for ids, start in zip(sequences, starts, strict=True)]
+        pairs = zip(sequences, starts, strict=True)
+        return [fake_scores(ids[start:], top, self._scale) for ids, start in pairs]
 
     async def check(self) -> None:
         if self.error is not None:
@@ -66,10 +69,11 @@ class FakeScorer:
     async def close(self) -> None: ...
 
 
-def fake_scores(ids: Sequence[int], top: int = 0) -> TokenScores:
+def fake_scores(ids: Sequence[int], top: int = 0, scale: float = 1.0) -> TokenScores:
     """What `FakeScorer` says of `ids`."""
     best = np.tile(np.arange(top), (len(ids), 1))
-    return valid_scores(-np.array(ids) / 100, len(ids), best, -best / 100, top)
+    own, others = -np.array(ids) / 100 * scale, -best / 100 * scale
+    return valid_scores(own, len(ids), best, others, top)
 
 
 def fake_app(

@@ -6,7 +6,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from teacher.config import TeacherConfig
+from teacher.config import Endpoint, TeacherConfig
 
 
 def test_only_the_model_must_be_named() -> None:
@@ -33,6 +33,53 @@ def test_only_the_model_must_be_named() -> None:
 def test_a_wrong_value_or_key_is_an_error(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         TeacherConfig.model_validate({"model": "somewhere", **wrong})
+
+
+def _several(**others: object) -> TeacherConfig:
+    return TeacherConfig.model_validate({"model": "math", "others": others})
+
+
+def test_a_row_goes_to_the_teacher_that_it_names_or_that_its_data_source_has() -> None:
+    config = _several(code={"model": "c", "data_sources": ["taco", "apps"]}, proofs={"model": "p"})
+    route = config.router()
+    assert [*config.named] == ["default", "code", "proofs"]
+    sources = ("taco", "apps", "code", "proofs", "gsm")
+    routed = [route(None, source) for source in sources]
+    assert routed == ["code", "code", "code", "proofs", "default"]
+    assert route("default", "taco") == "default"
+    assert route("proofs", "taco") == "proofs"
+    with pytest.raises(ValueError, match=r"no teacher 'proof'; did you mean 'proofs'\?"):
+        route("proof", "taco")
+    with pytest.raises(ValueError, match="no teacher 'x'; only default, code, proofs"):
+        route("x", "taco")
+
+
+def test_teachers_of_others_are_not_served() -> None:
+    config = _several(code={"model": "c", "endpoints": ["http://a"]}, proofs={"model": "p"})
+    assert [*config.served] == ["default", "proofs"]
+    elsewhere = config.model_copy(update={"endpoints": [Endpoint(url="http://b")]})
+    assert [*elsewhere.served] == ["proofs"]
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"default": {"model": "c"}}, "may not be called 'default'"),
+        ({"a-b": {"model": "c"}}, "should match pattern"),
+        ({"code": {"model": "math"}}, "model 'math' belongs to 2 teachers"),
+        (
+            {"a": {"model": "x", "data_sources": ["b"]}, "b": {"model": "y"}},
+            "data source 'b' belongs to 2 teachers",
+        ),
+        ({"a": {"model": "x", "endpoints": ["http://a"], "replicas": 2}}, "leave out replicas"),
+        ({"a": {"model": "x", "port": 1}}, "Extra inputs"),
+    ],
+)
+def test_teachers_that_cannot_be_told_apart_are_an_error(
+    others: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        _several(**others)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from services.stage import BadItem, Unavailable
 from teacher.client import BadAnswer, NoLogProbs, Target
 from teacher.config import TeacherConfig
 from teacher.openai_client import CompletionsClient, Probe
-from teacher.pool import MissingKey, TeacherPool, targets
+from teacher.pool import MissingKey, Servers, TeacherPool, targets
 from teacher.scorer import ScoringError
 from teacher.scores import InvalidLogProbs
 from tests.teacher.fakes import (
@@ -39,7 +39,7 @@ PAIR = (np.array([1, 2], np.int32), np.array([3, 4], np.int32))
 
 
 def pool(urls: Sequence[str], **options: Any) -> TeacherPool:
-    return TeacherPool([Target(url) for url in urls], **{"timeout_s": 10.0, **options})
+    return TeacherPool(Servers([Target(url) for url in urls], **{"timeout_s": 10.0, **options}))
 
 
 async def assert_scores(servers: TeacherPool) -> None:
@@ -299,7 +299,7 @@ async def test_a_private_authority_is_trusted_where_it_is_named(
 ) -> None:
     cert, key = _certificate(tmp_path)
     with listening(fake_app(scorers[0]), ssl_certfile=cert, ssl_keyfile=key) as url:
-        trusting = TeacherPool([Target(url, ca_file=cert)], timeout_s=5.0)
+        trusting = TeacherPool(Servers([Target(url, ca_file=cert)], timeout_s=5.0))
         await assert_scores(trusting)
         stranger = pool([url])
         with pytest.raises(Unavailable, match="CERTIFICATE_VERIFY_FAILED"):

@@ -24,7 +24,7 @@ from teacher.auth import KeyRing
 from teacher.client import Target
 from teacher.config import TeacherConfig
 from teacher.openai_client import CompletionsClient, Probe
-from teacher.pool import TeacherPool
+from teacher.pool import Servers, TeacherPool
 from teacher.scorer import build_scorer, model_card
 from tests.builders import VLLM_HEAD, save_tiny
 from tests.teacher.conftest import Reference
@@ -126,9 +126,8 @@ async def test_vllm_serve_killed_under_load_costs_no_request(
     reference = Reference(directory)
     expected = [reference.score(p.tolist(), c.tolist()) for p, c in PAIRS]
     with listening(app) as ours:
-        servers = TeacherPool(
-            [Target(served[0], KEY), Target(ours)], timeout_s=60.0, fingerprint=card.fingerprint
-        )
+        asked = [Target(served[0], KEY), Target(ours)]
+        servers = TeacherPool(Servers(asked, timeout_s=60.0, fingerprint=card.fingerprint))
         stop, answered = asyncio.Event(), 0
 
         async def load() -> None:
@@ -138,12 +137,12 @@ async def test_vllm_serve_killed_under_load_costs_no_request(
                     np.testing.assert_allclose(scores.logprobs, wanted, atol=1e-4)
                 answered += 1
 
-        asked = [asyncio.create_task(load()) for _ in range(6)]
+        loads = [asyncio.create_task(load()) for _ in range(6)]
         await until(lambda: servers.down == 0 and answered > 20)
         os.killpg(served[1].pid, signal.SIGKILL)
         await until(lambda: servers.down == 1)
         before = answered
         await until(lambda: answered > before + 20)
         stop.set()
-        await asyncio.gather(*asked)
+        await asyncio.gather(*loads)
         await servers.aclose()

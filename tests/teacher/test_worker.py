@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,10 +26,13 @@ from services.trajectory import (
     decode,
     encode,
 )
+from teacher.admission import Admission
+from teacher.app import Teacher, build_app
+from teacher.auth import KeyRing
 from teacher.client import Target
-from teacher.config import TeacherConfig
+from teacher.pool import Servers
 from teacher.worker import Need, TeacherWorker
-from tests.teacher.fakes import FaultyTeacher
+from tests.teacher.fakes import FAKE_CARD, FakeScorer, FaultyTeacher, fake_app, listening
 
 OUTCOMES: Sequence[Outcome] = ("correct", "incorrect", "unknown", "incorrect", "incorrect")
 COMPLETIONS: Sequence[list[int]] = ([11], [21, 22], [31], [], [51, 52, 53])
@@ -85,14 +88,19 @@ async def working(
     top: int = 0,
 ) -> AsyncIterator[TeacherWorker]:
     """A worker that runs inside of the block and is cut off after it, as a kill would."""
-    config = TeacherConfig(model="fake", request_timeout_s=timeout_s)
-    servers = [Target(url, "key")]
-    worker = TeacherWorker(connection, config, servers, need, fingerprint, top, "teacher-0")
-    running = asyncio.create_task(worker.run())
+    servers = {"default": Servers([Target(url, "key")], timeout_s, fingerprint)}
+    made = TeacherWorker(connection, servers, need, top, "teacher-0", capacity=16)
+    async with running(made) as worker:
+        yield worker
+
+
+@asynccontextmanager
+async def running(worker: TeacherWorker) -> AsyncIterator[TeacherWorker]:
+    task = asyncio.create_task(worker.run())
     yield worker
-    running.cancel()
-    await asyncio.wait({running}, timeout=DEADLINE_S)
-    assert running.cancelled()  # and had not failed before
+    task.cancel()
+    await asyncio.wait({task}, timeout=DEADLINE_S)
+    assert task.cancelled()  # and had not failed before
 
 
 @pytest.mark.parametrize(
@@ -134,6 +142,85 @@ async def test_the_most_likely_tokens_come_along_where_the_objective_wants_them(
         length = len(COMPLETIONS[place])
         assert top.ids.tolist() == [[0, 1]] * length  # the fake's most likely ones
         np.testing.assert_allclose(top.logprobs, np.tile([0.0, -0.01], (length, 1)))
+
+
+@pytest.fixture
+def two_teachers() -> Iterator[dict[str, str]]:
+    """The URL of each: real applications, whose models say different things."""
+    code = FAKE_CARD.model_copy(update={"id": "code", "fingerprint": "c0de"})
+    app = build_app(
+        [Teacher(code, FakeScorer(scale=2.0))],
+        KeyRing([]),
+        max_body_bytes=10_000,
+        admission=Admission(max_requests=10, max_tokens=1000),
+    )
+    with listening(fake_app(FakeScorer())) as first, listening(app) as second:
+        yield {"default": first, "code": second}
+
+
+def group_of(teacher: str, order: int) -> VerifiedGroup:
+    original = group(order)
+    prompt = replace(original.rollout.prompt, teacher=teacher)
+    return replace(original, rollout=replace(original.rollout, prompt=prompt))
+
+
+async def test_each_group_is_scored_by_its_own_teacher(
+    connection: Connection, streams: Streams, two_teachers: dict[str, str]
+) -> None:
+    names = ["default", "code", "code", "default"]
+    for order, name in enumerate(names):
+        await put(streams, encode(group_of(name, order)))
+    fingerprints = {"default": "f00d", "code": "c0de"}
+    teachers = {
+        name: Servers([Target(url)], 5.0, fingerprints[name]) for name, url in two_teachers.items()
+    }
+    async with running(TeacherWorker(connection, teachers, "all", 0, "t", capacity=4)) as worker:
+
+        async def all_there() -> bool:
+            return (await streams.ledger()).depth["scored"] == len(names)
+
+        await until(all_there)
+
+        async def reported() -> Any:
+            details = (await streams.reports()).get(worker.consumer, {}).get("details", {})
+            return (details.get("sequences_default"), details.get("sequences_code")) == (6, 6)
+
+        await until(reported)
+    for result in await scored(streams):
+        name = names[result.prompt.order]
+        assert (result.prompt.teacher, result.teacher) == (name, fingerprints[name])
+        for place, logprobs in result.teacher_logprobs.items():
+            wanted = -np.array(COMPLETIONS[place]) / (50 if name == "code" else 100)
+            np.testing.assert_allclose(logprobs, wanted, rtol=1e-6)
+
+
+async def test_one_teacher_s_scores_are_not_taken_for_another_s(
+    connection: Connection, streams: Streams, two_teachers: dict[str, str]
+) -> None:
+    """Both names lead to the same server: the one whose model it is not gets nothing from it."""
+    await put(streams, encode(group_of("default", 0)))
+    await put(streams, encode(group_of("code", 1)))
+    target = [Target(two_teachers["code"])]
+    teachers = {"default": Servers(target, 5.0, "f00d"), "code": Servers(target, 5.0, "c0de")}
+    patient = replace(connection, config=StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
+    async with running(TeacherWorker(patient, teachers, "all", 0, "t", capacity=4)) as worker:
+
+        async def refused() -> bool:
+            report = (await streams.reports()).get(worker.consumer, {})
+            return "another model: its fingerprint is c0de" in str(report.get("waiting_for"))
+
+        await until(refused)
+        (only,) = await until(lambda: scored(streams))
+    assert (only.prompt.teacher, only.teacher) == ("code", "c0de")
+
+
+async def test_a_group_whose_teacher_the_run_does_not_have_is_buried(
+    connection: Connection, streams: Streams, faulty_url: str
+) -> None:
+    await put(streams, encode(group_of("cod", 0)))
+    async with working(connection, faulty_url):
+        (dead,) = await until(streams.dead)
+    assert "this run has no teacher 'cod', only default" in dead.reason
 
 
 DOWN: dict[str, tuple[int | str, str]] = {
@@ -264,8 +351,8 @@ async def test_past_the_patience_the_worker_stops_and_the_item_stays(
     faulty.fault = 503
     hasty = replace(connection, config=StageConfig(lease_s=0.4, patience_s=0.1))
     await put(streams, encode(group()))
-    config = TeacherConfig(model="fake")
-    worker = TeacherWorker(hasty, config, [Target(faulty_url)], "all", None, 0, "teacher-0")
+    servers = {"default": Servers([Target(faulty_url)], timeout_s=5.0)}
+    worker = TeacherWorker(hasty, servers, "all", 0, "teacher-0", capacity=16)
     with pytest.raises(PatienceExceeded, match="this is fault 503"):
         await asyncio.wait_for(worker.run(), DEADLINE_S)
     ledger = await streams.ledger()
@@ -278,9 +365,9 @@ async def test_a_stopped_worker_finishes_what_it_holds(
     faulty.fault = 503
     patient = replace(connection, config=StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
     await put(streams, encode(group()))
-    config = TeacherConfig(model="fake")
-    worker = TeacherWorker(patient, config, [Target(faulty_url)], "all", None, 0, "teacher-0")
-    running = asyncio.create_task(worker.run())
+    servers = {"default": Servers([Target(faulty_url)], timeout_s=5.0)}
+    worker = TeacherWorker(patient, servers, "all", 0, "teacher-0", capacity=16)
+    task = asyncio.create_task(worker.run())
 
     async def asked() -> bool:
         return bool(faulty.authorizations)
@@ -288,7 +375,7 @@ async def test_a_stopped_worker_finishes_what_it_holds(
     await until(asked)
     await worker.stop()
     faulty.fault = None
-    await asyncio.wait_for(running, DEADLINE_S)
+    await asyncio.wait_for(task, DEADLINE_S)
     assert len(await scored(streams)) == 1
 
 
