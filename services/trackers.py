@@ -179,6 +179,7 @@ class MLflow:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # its tables are not our progress
         own = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
         self._metric = Metric
         self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", own))
