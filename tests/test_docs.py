@@ -30,4 +30,4 @@ def test_every_module_has_a_page(tmp_path: Path) -> None:
         if file.name != "__init__.py"
     }
     assert modules <= pages, done.stderr
-    assert "over the members of each group" in (tmp_path / "trainer/scope.html").read_text()
+    assert "which trajectories are on this path" in (tmp_path / "trainer/scope.html").read_text()
