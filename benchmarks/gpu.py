@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -24,18 +24,32 @@ VOCAB, HIDDEN, LAYERS = 151_936, 1536, 28
 FUSED_TOKENS = 16_384
 
 
-def rows() -> list[Row]:
+def rows() -> Iterator[Row]:
+    """Each part by itself: what one of them lacks, memory above all, leaves the others alone."""
     if not torch.cuda.is_available():
-        names = ("utilisation", "memory and time of the fused log-probs")
-        return [Row(f"gpu: {n}", None, None, "", machine(), note="no GPU here") for n in names]
+        for name in ("utilisation", "memory and time of the fused log-probs"):
+            yield Row(f"gpu: {name}", None, None, "", machine(), note="no GPU here")
+        return
     torch.manual_seed(0)
     rate = matrix_rate()
-    made = [Row("gpu: bf16 matrix rate", rate / 1e12, None, "TFLOP/s", machine())]
-    model = student()
+    yield Row("gpu: bf16 matrix rate", rate / 1e12, None, "TFLOP/s", machine())
+    yield from attempt("log-probs", fused_rows)
     for budget in (16_384, 32_768):
-        made += utilisation(model, budget, rate)
-    del model
-    return made + fused_rows()
+        yield from attempt(
+            f"packed to {budget:,} tokens", lambda budget=budget: utilisation(budget, rate)
+        )
+
+
+def attempt(name: str, part: Callable[[], list[Row]]) -> list[Row]:
+    """The part's rows, or one that says why there are none. RuntimeError is torch's for all that a
+    device refuses."""
+    try:
+        return part()
+    except (RuntimeError, ImportError, TypeError) as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return [Row(f"gpu: {name}", None, None, "", machine(), note=why)]
+    finally:
+        torch.cuda.empty_cache()
 
 
 def student() -> Qwen2ForCausalLM:
@@ -56,9 +70,10 @@ def matrix_rate(size: int = 8192) -> float:
     return 2.0 * size**3 / seconds(lambda: a @ b, repeats=20)
 
 
-def utilisation(model: Qwen2ForCausalLM, budget: int, rate: float) -> list[Row]:
+def utilisation(budget: int, rate: float) -> list[Row]:
     """One completion of 12,288 tokens and a second one that fills the pack up. Recomputed
     activations cost time and do not count as work, so this is MFU and not hardware use."""
+    model = student()
     lengths = [PROMPT + COMPLETION] * (budget // (PROMPT + COMPLETION))
     if budget - sum(lengths) > PROMPT + 1:
         lengths.append(budget - sum(lengths))
@@ -101,6 +116,9 @@ def seconds(work: Callable[[], object], *, repeats: int) -> float:
 # ------------------------------------------------------------------ the output layer by itself
 
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 def fused_rows() -> list[Row]:
     """Negated log-probs summed, forward and backward, in peak memory over the inputs and
     gradients that every contestant holds, and in time."""
@@ -110,17 +128,18 @@ def fused_rows() -> list[Row]:
         if loss is None:
             made.append(Row(f"gpu: log-probs, {name}", None, None, "", machine(),
                             note="not installed"))  # fmt: skip
-            continue
-        theirs = _cost(loss)
-        for what, unit, mine, other in zip(
-            ("memory", "time"), ("GiB", "ms"), ours, theirs, strict=True
-        ):
-            made.append(Row(f"gpu: log-probs, {name}, {what}", mine, other, unit, machine(),
-                            lower_is_better=True))  # fmt: skip
+        else:
+            made += attempt(f"log-probs, {name}", lambda n=name, f=loss: _against(n, f, ours))
     return made
 
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+def _against(name: str, loss: Loss, ours: tuple[float, float]) -> list[Row]:
+    return [
+        Row(f"gpu: log-probs, {name}, {what}", mine, other, unit, machine(), lower_is_better=True)
+        for what, unit, mine, other in zip(
+            ("memory", "time"), ("GiB", "ms"), ours, _cost(loss), strict=True
+        )
+    ]
 
 
 def contestants() -> dict[str, Loss | None]:
@@ -180,7 +199,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = rows()
-    print(show(found))
-    if options.json:
-        write(found, options.json)
+    found: list[Row] = []
+    for row in rows():
+        found.append(row)
+        print(show([row]), flush=True)
+        if options.json:  # after each: the machine may be taken away
+            write(found, options.json)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -89,7 +91,8 @@ def _packed_attention(
         raise ValueError("packed attention has no dropout and no sliding window")
     if prefixes:
         return _cascaded(query, key, value, buckets, prefixes, scaling), None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and half and find_spec("torch.nn.attention.varlen"):  # from torch 2.10 on
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
     return _bucketed(query, key, value, buckets, scaling), None
 
@@ -100,9 +103,11 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if q.shape[1] != k.shape[1]:  # not every torch has enable_gqa here
+    known = signature(varlen_attn).parameters  # they differ from one torch to the next
+    if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0))
+    causal: Any = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **causal)
     assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
     return out[None]
 
