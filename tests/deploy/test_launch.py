@@ -41,3 +41,21 @@ async def test_a_run_that_hangs_ends_with_a_sentence(
     with Recorder(tmp_path) as recorder, pytest.raises(RunFailed, match=sentence):
         async with asyncio.timeout(20):
             await run._watch(streams, recorder, learner, Crew("hangs", str))
+
+
+@pytest.mark.parametrize(("dead", "stops"), [(1, False), (2, True)])
+async def test_a_run_with_too_many_dead_prompts_ends_with_a_sentence(
+    streams: Streams, tmp_path: Path, dead: int, stops: bool
+) -> None:
+    await streams.feed([b"item"] * 10, expected_fed=0, max_in_flight=10)
+    for item in await claim([streams], "prompts", "w", count=dead, block_ms=1000):
+        await streams.bury(item, "poison")
+    settings = ["trainer.groups_per_step=1", "max_dead_fraction=0.1"]
+    config = load(ROOT / "deploy/runs/demo.yaml", settings)
+    preflight: Any = SimpleNamespace(total_groups=10)
+    run = Run(config, tmp_path, Console(), preflight, False, Telemetry(config.name))
+    learner: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    ending = pytest.raises(RunFailed, match=r"2 of 10 prompts are dead.*scope dead")
+    with Recorder(tmp_path) as recorder, ending if stops else pytest.raises(TimeoutError):
+        async with asyncio.timeout(20 if stops else 1.5):  # the watch looks every half second
+            await run._watch(streams, recorder, learner, Crew("poisoned", str))
