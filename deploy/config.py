@@ -117,6 +117,23 @@ class RunConfig(Config):
                 )
         return self
 
+    def with_absolute_paths(self) -> RunConfig:
+        """Local model directories by their whole path; names on a hub stay as they are."""
+
+        def absolute(model: str) -> str:
+            path = Path(model).expanduser()
+            return str(path.resolve()) if path.is_dir() else model
+
+        teacher = self.teacher
+        if teacher is not None:
+            others = {
+                name: one.model_copy(update={"model": absolute(one.model)})
+                for name, one in teacher.others.items()
+            }
+            moved = {"model": absolute(teacher.model), "others": others}
+            teacher = teacher.model_copy(update=moved)
+        return self.model_copy(update={"student": absolute(self.student), "teacher": teacher})
+
     def _engines(self) -> Iterator[tuple[str, EngineConfig, Resources]]:
         """Every engine that the run starts, by where its settings stand."""
         yield "rollout", self.rollout.engine, self.rollout.resources

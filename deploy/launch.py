@@ -405,7 +405,7 @@ class Run:
 
 def start(config: RunConfig, console: Console, *, directory: Path | None = None) -> Run:
     """Checks the configuration and prepares its run directory (an existing one to resume)."""
-    config = _with_absolute_paths(config)  # workers run in directories of their own
+    config = config.with_absolute_paths()  # workers run in directories of their own
     preflight = check(config)
     resumed = directory is not None
     for warning in preflight.warnings:
@@ -416,23 +416,6 @@ def start(config: RunConfig, console: Console, *, directory: Path | None = None)
         (directory / "config.yaml").write_text(dump(config))
     console.say(f"run directory: {directory}")
     return Run(config, directory, console, preflight, resumed, Telemetry(config.name))
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Local model directories by their whole path; names on a hub stay as they are."""
-
-    def absolute(model: str) -> str:
-        path = Path(model).expanduser()
-        return str(path.resolve()) if path.is_dir() else model
-
-    teacher = config.teacher
-    if teacher is not None:
-        others = {
-            name: one.model_copy(update={"model": absolute(one.model)})
-            for name, one in teacher.others.items()
-        }
-        teacher = teacher.model_copy(update={"model": absolute(teacher.model), "others": others})
-    return config.model_copy(update={"student": absolute(config.student), "teacher": teacher})
 
 
 def _new_directory(config: RunConfig) -> Path:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import ParamSpec, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +24,11 @@ from services.trackers import missing
 from teacher.config import TeacherModel
 from teacher.scorer import check_scorer
 from trainer.objectives import Objective, ObjectiveError, objective
+
+_ANSWER_S = 300.0  # importing vLLM takes seconds, half a minute on a busy machine
+
+Params = ParamSpec("Params")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,29 @@ def _engines(config: RunConfig, teachers: Sequence[TeacherModel]) -> list[str]:
     engines = [config.rollout.engine, *(one.engine for one in teachers)]
     if not any(map(vllm_can_check, engines)):
         return _refusals(config, teachers)
+    try:
+        return in_own_process(_ANSWER_S, _refusals, config, teachers)
+    except TimeoutError:
+        return [f"vLLM did not say within {_ANSWER_S:.0f} s whether it takes its arguments"]
+
+
+def in_own_process(
+    timeout_s: float, work: Callable[Params, Answer], *args: Params.args, **options: Params.kwargs
+) -> Answer:
+    """What `work` returns in a new process, which is killed when that takes too long.
+
+    Raises:
+        TimeoutError: it took longer than `timeout_s`.
+    """
     own = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, own, logging.disable, (logging.WARNING,)) as process:
-        return process.submit(_refusals, config, teachers).result()
+        asked = process.submit(work, *args, **options)
+        try:
+            return asked.result(timeout_s)
+        except TimeoutError:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
 
 
 def _refusals(config: RunConfig, teachers: Sequence[TeacherModel]) -> list[str]:

@@ -30,7 +30,7 @@ STARTED_ONCE = {
     ),
     "ray_cluster": (
         "deploy/test_scale", "services/test_weight_push", "services/test_weight_store",
-        "teacher/test_serve",
+        "teacher/test_serve", "teacher/test_serve_several",
     ),
 }  # fmt: skip
 SHARE_OF = {f"tests/{file}.py": name for name, files in STARTED_ONCE.items() for file in files}

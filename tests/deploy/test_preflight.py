@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 from deploy.config import ConfigError, RunConfig
-from deploy.preflight import Preflight, check
+from deploy.preflight import Preflight, check, in_own_process
 from services.models import fingerprint
 from teacher.admission import Admission
 from teacher.app import Teacher, build_app
@@ -217,3 +220,15 @@ def test_a_missing_key_is_one_sentence(checked: Checked, monkeypatch: pytest.Mon
     monkeypatch.delenv("TEACHER_KEY")
     with pytest.raises(ConfigError, match="TEACHER_KEY, which is not set"):
         checked(elsewhere("http://127.0.0.1:1"))
+
+
+def test_who_does_not_answer_in_time_is_killed() -> None:
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        in_own_process(3.0, time.sleep, 60)
+    assert time.monotonic() - started < 30
+    assert not multiprocessing.active_children()
+
+
+def test_what_another_process_says_comes_back() -> None:
+    assert in_own_process(60.0, os.getppid) == os.getpid()
