@@ -34,7 +34,7 @@ from services.redis_server import EmbeddedRedis
 ROOT = Path(__file__).parents[2]
 SCOPE = Path(sys.executable).parent / "scope"
 GROUPS_PER_STEP = 4
-STEPS_PER_KILL = 25
+STEPS_PER_KILL = 12  # a recovery takes two or three
 RECOVERY_S = 600.0  # past this a kill was not recovered from
 SLEEP_S = 6.0  # how long a stopped worker sleeps: past its lease
 
