@@ -192,7 +192,7 @@ def end_to_end_rows() -> list[Row]:
 def gpu_rows() -> list[Row]:
     from benchmarks import gpu
 
-    return list(gpu.rows())
+    return list(gpu.rows(gpu.Shapes()))
 
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
