@@ -318,7 +318,7 @@ class Run:
                     f"nothing is in flight, and the learner has not ended for {quiet_s:.0f} s "
                     f"({describe(ledger)})"
                 )
-            slowest = max(ledger.age_s, key=lambda name: ledger.age_s[name])
+            slowest = ledger.slowest(self.config.trainer.groups_per_step)
             raise self._failed(
                 f"no gradient step for {quiet_s:.0f} s; the slowest stage is the one that reads "
                 f"{slowest!r} ({describe(ledger)})"

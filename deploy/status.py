@@ -72,7 +72,9 @@ def render(status: dict[str, Any]) -> str:
         + ("" if status["live"] else f"  (not running; as of {when})")
     ]
     for name, stream in status["streams"].items():
-        lines.append(f"  {name:<9} {stream['depth']:>6}  oldest {stream['age_s']:.1f} s")
+        used = status["consumed"] - status["trained"] if name == "scored" else 0
+        held = f", {used} of them trained and not yet in a checkpoint" if used else ""
+        lines.append(f"  {name:<9} {stream['depth']:>6}  oldest {stream['age_s']:.1f} s{held}")
     for name, report in sorted(status["workers"].items()):
         quiet = status["as_of"] - report["at"]
         if quiet < QUIET_S:

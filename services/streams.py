@@ -206,6 +206,19 @@ class Ledger:
         return sum(self.depth.values())
 
     @property
+    def used(self) -> int:
+        """Groups in `scored` that steps have used, and that stay until a checkpoint holds them."""
+        return self.consumed - self.trained
+
+    def slowest(self, groups_per_step: int) -> str:
+        """The stream with the oldest item; `scored` only when it has a step's groups to be used,
+        or nothing else has any."""
+        unused = self.depth["scored"] - self.used
+        learner = unused >= groups_per_step or self.depth["scored"] == self.in_flight
+        streams = STREAMS if learner else WORK
+        return max(streams, key=lambda name: self.age_s[name])
+
+    @property
     def exact(self) -> bool:
         """Whether every prompt that was fed is somewhere, and once."""
         return self.fed == self.trained + self.dead + self.in_flight

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 
+import pytest
+
 from services.stage import consumers_of
-from services.streams import Claim, Streams, claim
+from services.streams import Claim, Ledger, Streams, claim
 
 LEASE_S = 0.05
 
@@ -195,3 +197,31 @@ async def test_what_was_freed_before_stays_free_when_all_are_dead(streams: Strea
         await streams.abandon(re.compile(".*"))
     taken = await streams.take_over("prompts", "heir", lease_s=3600, count=9)
     assert sorted(item.payload for item in taken) == [b"a", b"b"]
+
+
+@pytest.mark.parametrize(
+    ("scored", "rollouts", "slowest"),
+    [
+        (40, 8, "rollouts"),  # the learner has used all 40: they wait for a checkpoint
+        (47, 8, "rollouts"),  # 7 are no step of 8
+        (48, 8, "scored"),
+        (47, 0, "scored"),  # the last step is a small one
+    ],
+)
+def test_what_steps_have_used_is_not_waited_for(scored: int, rollouts: int, slowest: str) -> None:
+    ledger = Ledger(
+        fed=100 + scored + rollouts,
+        trained=100,
+        consumed=140,
+        dead=0,
+        step=17,
+        depth={"prompts": 0, "rollouts": rollouts, "verified": 0, "scored": scored},
+        age_s={
+            "prompts": 0.0,
+            "rollouts": 60.0 if rollouts else 0.0,
+            "verified": 0.0,
+            "scored": 900.0,
+        },
+    )
+    assert ledger.exact
+    assert ledger.slowest(8) == slowest
