@@ -28,8 +28,12 @@ class VerdictCache:
         return verdict
 
     def put(self, verdict: Verdict, *key: str) -> None:
-        """Remembers `verdict`; forgets the one that was asked for the longest ago."""
-        if not self._size:
+        """Remembers `verdict`, and forgets the one that was asked for the longest ago.
+
+        An `unknown` is not remembered: a busy machine's time-out would stick to an answer that the
+        next try may well judge.
+        """
+        if not self._size or verdict.outcome == "unknown":
             return
         self._verdicts[_digest(key)] = verdict
         if len(self._verdicts) > self._size:

@@ -128,7 +128,7 @@ class CodeJudge:
             try:
                 async with self._place():
                     verdict = await self._run(source, tests, limits)
-            except Starved as starved:  # not remembered: next time the machine may be free
+            except Starved as starved:
                 return Verdict("unknown", f"the program {starved}")
             except NotStarted as error:
                 raise Unavailable(str(error)) from error

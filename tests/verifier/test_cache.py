@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from services.trajectory import Verdict
 from verifier.cache import VerdictCache
 from verifier.sandbox import JudgePool
 
 RIGHT, WRONG = Verdict("correct", "it is"), Verdict("incorrect", "it is not")
+
+# Slower than any deadline until a file says that it has had its time; one line for each try.
+_BUSY = """
+import pathlib
+from services.trajectory import Verdict
+
+def judge(completion, reference):
+    tries = pathlib.Path(reference)
+    with tries.open("a") as file:
+        file.write("again\\n")
+    while tries.read_text().count("again") <= 2:
+        pass
+    return Verdict("correct", "had the time")
+"""
 
 
 def test_the_one_that_was_asked_for_the_longest_ago_is_forgotten() -> None:
@@ -40,3 +58,17 @@ async def test_an_answer_is_judged_once_however_it_was_reached() -> None:
         assert first.outcome == "correct"
     # The judges are gone, so that nobody but the memory can answer.
     assert await pool.judge("math", r"I guess \boxed{\frac{1}{2}}!", "0.5") == first
+
+
+async def test_an_unknown_is_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was too busy for an answer once is asked again when it comes again."""
+    (tmp_path / "busy.py").write_text(_BUSY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    tries = tmp_path / "tries"
+    async with JudgePool({"busy:judge"}, deadline_s=0.2, cached_verdicts=8) as pool:
+        first = await pool.judge("busy:judge", "42", str(tries))
+        assert first == Verdict("unknown", "the judge took longer than 0.2 s")
+        second = await pool.judge("busy:judge", "42", str(tries))
+        assert second == await pool.judge("busy:judge", "42", str(tries))
+        assert second.outcome == "correct"
+    assert tries.read_text().count("again") == 3
