@@ -17,10 +17,12 @@ import functools
 import importlib
 import json
 import logging
+import math
 import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
@@ -48,10 +50,12 @@ _WARM_UP = (
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a judge is told when it starts. `parent` is the process id that it must not outlive."""
+    """What a judge is told when it starts. `parent` is the process id that it must not outlive,
+    `cpu_s` are seconds of a processor for one job."""
 
     parent: int
     memory_mb: int
+    cpu_s: float
     kinds: tuple[str, ...]
     answer_marker: str | None
 
@@ -65,6 +69,7 @@ def main() -> None:
     judges = {kind: _load(kind, setup.answer_marker) for kind in setup.kinds}
     _send(replies, {"ready": True})
     while header := jobs.read(LENGTH_BYTES):
+        _allow(setup.cpu_s)
         try:
             job = json.loads(jobs.read(int.from_bytes(header, "big")))
             verdict = judges[job["kind"]](job["text"], job["reference"])
@@ -92,6 +97,15 @@ def _confine(setup: Setup) -> None:
         _, hard = resource.getrlimit(limit)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(limit, (most, most))
+
+
+def _allow(cpu_s: float) -> None:
+    """Lets this process use so many more seconds of a processor, rounded up. Past them the kernel
+    ends it, even where the parent, which keeps the deadline, cannot."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    most = math.ceil(time.process_time() + cpu_s) + 1
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
 
 
 def _take_socket() -> tuple[BinaryIO, BinaryIO]:

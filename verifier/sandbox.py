@@ -87,7 +87,7 @@ class JudgePool:
         self._answer_from: AnswerFrom = answer_from
         self._cache = VerdictCache(cached_verdicts)
         self._waiting = self._slow_jobs = self._replaced = 0
-        self._setup = Setup(os.getpid(), memory_mb, tuple(sorted(kinds)), answer_marker)
+        self._setup = Setup(os.getpid(), memory_mb, deadline_s, tuple(sorted(kinds)), answer_marker)
         self._judges: list[_Judge] = []
         self._quick: asyncio.Queue[_Judge] = asyncio.Queue()
         self._slow: asyncio.Queue[_Judge] = asyncio.Queue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -88,6 +89,13 @@ def test_every_part_of_an_answer_in_several_boxes_counts() -> None:
 @pytest.mark.parametrize("text", ["", "   ", r"\boxed{}", r"\boxed{\frac{1}{2}", "I give up."])
 def test_no_answer_is_incorrect(text: str) -> None:
     assert judge(text, "42") == Verdict("incorrect", "no answer found")
+
+
+async def test_no_comparison_needs_a_signal() -> None:
+    """SIGALRM, by which the library ends long ones, cannot be had in a thread."""
+    for answer, outcome in (("x^2+2x+1", "correct"), (r"\sin^2 x + 2x", "incorrect")):
+        verdict = await asyncio.to_thread(judge, rf"\boxed{{{answer}}}", "(x+1)^2")
+        assert verdict.outcome == outcome
 
 
 @pytest.mark.parametrize("brackets", ["{", "}", "(", "\\boxed{", "\\left(", "\\{"])

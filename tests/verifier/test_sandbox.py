@@ -179,6 +179,25 @@ async def test_judges_die_with_a_parent_that_is_killed(stopped: bool) -> None:
     await until(lambda: is_dead(judge))
 
 
+async def test_the_kernel_ends_a_job_that_its_parent_cannot_end(tmp_path: Path) -> None:
+    """The parent stops itself as soon as the job is at work, so that its deadline never comes."""
+    (tmp_path / "endless.py").write_text("def judge(completion, reference):\n    while True: pass")
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _STOPPED_PARENT),
+        stdout=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert parent.stdout is not None
+    judge = int(await parent.stdout.readline())
+    try:
+        await until(lambda: is_dead(judge), within_s=100.0)
+        assert state(parent.pid) == "T"
+    finally:
+        parent.kill()
+        await parent.wait()
+
+
 async def test_a_judge_that_cannot_start_says_why() -> None:
     with pytest.raises(Unavailable, match=r"a judge exited with code 1 \(.*\w.*\) at its start"):
         async with JudgePool({"math"}, memory_mb=48):
@@ -193,6 +212,21 @@ async def main():
     async with JudgePool({"exact"}) as pool:
         print(pool.pids[0], flush=True)
         await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+_STOPPED_PARENT = """
+import asyncio, os, signal
+from verifier.sandbox import JudgePool
+
+async def main():
+    async with JudgePool({"endless:judge"}, deadline_s=0.3) as pool:
+        print(pool.pids[0], flush=True)
+        job = asyncio.create_task(pool.judge("endless:judge", "", ""))
+        while not pool.busy:
+            await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 asyncio.run(main())
 """
