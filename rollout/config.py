@@ -57,10 +57,11 @@ class SamplingConfig(Config):
 
 
 class SamplingEngineConfig(EngineConfig):
-    """What samples from the student. vLLM's `logprobs_mode` is always `processed_logprobs`:
-    log-probs of the distribution that was sampled from, temperature applied, as the importance
-    ratio needs them."""
+    """What samples from the student."""
 
+    logprobs_mode: Literal["processed_logprobs"] = "processed_logprobs"
+    """Which log-probs come with the tokens, in vLLM's words: those of the distribution that was
+    sampled from, temperature applied. Nothing else, because the importance ratio needs them."""
     weight_transfer: Literal["auto", "store", "nccl", "ipc"] = "auto"
     """How new weights reach vLLM. `store`: through the Ray object store, read once by each node;
     works everywhere. `nccl`: from the learner's GPU to those of each engine. `ipc`: where learner

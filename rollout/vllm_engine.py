@@ -66,7 +66,7 @@ def engine_args(config: RolloutConfig, model_path: str) -> AsyncEngineArgs:
         config.engine,
         SECTION,
         fixed={
-            "logprobs_mode": "processed_logprobs",
+            "logprobs_mode": config.engine.logprobs_mode,
             # So that the probe need not wait behind what goes on under weights not yet proven.
             "scheduling_policy": "priority",
             # When a prompt is prefilled in parts, vLLM 0.32 rewinds its random stream, which

@@ -26,6 +26,7 @@ def test_one_file_or_several() -> None:
         (DataConfig, {"path": [], "max_prompt_tokens": 8}, "at least one file"),
         (DataConfig, {"path": "a.jsonl", "max_prompt_tokens": 8, "epoch": 2}, "epoch"),
         (RolloutConfig, {"probe_tolerance": 0}, "greater than 0"),
+        (RolloutConfig, {"engine": {"logprobs_mode": "raw_logprobs"}}, "'processed_logprobs'"),
     ],
 )
 def test_what_cannot_work_is_refused(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from services.config import EngineConfig
 from services.engines import EngineError
 from teacher.config import TeacherConfig
 from teacher.scorer import Scorer, ScoringError, build_scorer
@@ -118,10 +119,24 @@ async def test_log_probs_that_are_no_numbers_raise_and_harm_nobody_else(scorer: 
     assert "log-prob" in str(bad)
 
 
-async def test_an_argument_that_scoring_rests_on_is_refused(directory: Path) -> None:
-    args = {"max_model_len": CONTEXT}
-    with pytest.raises(EngineError, match="max_model_len is set by this engine itself"):
-        build_scorer(config(directory, args=args))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_model_len", CONTEXT), ("enable_prefix_caching", True), ("max_logprobs", LIMIT)],
+)
+async def test_an_argument_that_scoring_rests_on_is_refused(
+    directory: Path, name: str, value: object
+) -> None:
+    with pytest.raises(EngineError, match=f"{name} is set by this engine itself"):
+        build_scorer(config(directory, args={name: value}))
+
+
+async def test_memory_is_bounded_by_chunks_and_no_prefix_is_kept(directory: Path) -> None:
+    from teacher.vllm_scorer import engine_args  # imports vLLM
+
+    given = config(directory).model_copy(update={"engine": EngineConfig(kind="vllm")})
+    made = engine_args(given, CONTEXT)
+    assert (made.enable_prefix_caching, made.enable_chunked_prefill) == (False, True)
+    assert (made.max_num_batched_tokens, made.max_logprobs) == (2048, LIMIT)
 
 
 async def test_cancelled_requests_leave_the_engine_free(scorer: Scorer) -> None:
