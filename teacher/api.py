@@ -166,6 +166,35 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     """All models of this server; the first answers requests that name none."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "list",
+                    "data": [
+                        {
+                            "id": "teacher",
+                            "fingerprint": "0f1e2d3c4b5a6978",
+                            "context_length": 32768,
+                            "tokens": {
+                                "tokenizer": "5a6978796a5b4c3d",
+                                "tokenizer_size": 151669,
+                                "end_tokens": [151645, 151643],
+                                "chat_template": "8796a5b4c3d2e1f0",
+                            },
+                            "limits": {
+                                "max_sequence_tokens": 32768,
+                                "max_request_tokens": 1048576,
+                                "max_top_logprobs": 64,
+                                "vocab_size": 151936,
+                            },
+                        }
+                    ],
+                }
+            ]
+        }
+    )
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
@@ -179,18 +208,6 @@ class Health(BaseModel):
 class ErrorDetail(BaseModel):
     """`param` is the path of the field at fault, such as `sequences.0.prompt.3`."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "type": "too_long",
-                    "message": "40000 tokens, more than the 32768 of one sequence",
-                    "param": "sequences.0",
-                }
-            ]
-        }
-    )
-
     type: str
     message: str
     param: str | None = None
@@ -198,6 +215,20 @@ class ErrorDetail(BaseModel):
 
 class ErrorBody(BaseModel):
     """The body of every answer that is not a success."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "error": {
+                        "type": "too_long",
+                        "message": "40000 tokens, more than the 32768 of one sequence",
+                        "param": "sequences.0",
+                    }
+                }
+            ]
+        }
+    )
 
     error: ErrorDetail
 

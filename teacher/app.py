@@ -18,7 +18,7 @@ from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from teacher import wire
 from teacher.admission import Admission, RateLimit
@@ -207,7 +207,7 @@ def _secured_routes(service: _Service, *, secured: bool) -> APIRouter:
     refused = _errors(401) if secured else {}
     scoring = _errors(404, 413, 415, 422, 429, 500, 503)
 
-    @router.get("/metrics", responses={**refused, 200: {"content": {"text/plain": {}}}})
+    @router.get("/metrics", response_class=PlainTextResponse, responses=refused)
     async def metrics() -> Response:
         """Prometheus' text form of what this process counts."""
         return Response(service.metrics.render(), media_type=METRICS_TYPE)

@@ -207,6 +207,33 @@ class Usage(BaseModel):
 class CompletionResponse(BaseModel):
     """One choice for each prompt, in order."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "cmpl-4c3d2e1f",
+                    "object": "text_completion",
+                    "created": 1764000000,
+                    "model": "teacher",
+                    "choices": [
+                        {
+                            "index": 0,
+                            "text": "",
+                            "finish_reason": "length",
+                            "logprobs": {
+                                "text_offset": [0, 0],
+                                "token_logprobs": [None, -0.25],
+                                "tokens": ["token_id:5", "token_id:9"],
+                                "top_logprobs": [None, {"token_id:9": -0.25}],
+                            },
+                        }
+                    ],
+                    "usage": {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2},
+                }
+            ]
+        }
+    )
+
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +14,14 @@ import numpy as np
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
+from pydantic import BaseModel
 
 from teacher import wire
 from teacher.admission import Admission, RateLimit
+from teacher.api import ErrorBody, ModelList, ScoreResponse
 from teacher.app import Teacher, build_app
 from teacher.auth import KeyRing
+from teacher.completions import CompletionResponse
 from teacher.config import TeacherConfig
 from teacher.scorer import build_scorer, model_card
 from tests.teacher.conftest import CONTEXT, VOCABULARY, Reference
@@ -118,6 +122,14 @@ def test_the_contract_s_examples_work(http: httpx.Client, path: str) -> None:
     assert examples
 
 
+@pytest.mark.parametrize("model", [ScoreResponse, CompletionResponse, ModelList, ErrorBody])
+def test_the_contract_shows_what_is_answered(http: httpx.Client, model: type[BaseModel]) -> None:
+    schemas = http.get("/openapi.json").json()["components"]["schemas"]
+    for example in schemas[model.__name__]["examples"]:
+        read = model.model_validate(example)
+        assert json.loads(read.model_dump_json(exclude_unset=True)) == example
+
+
 def test_health_needs_no_key(server: str) -> None:
     response = httpx.get(f"{server}/health")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
@@ -212,10 +224,21 @@ async def test_a_fault_of_the_server_shows_no_trace_to_the_client(scorer: FakeSc
     assert "Traceback" not in response.text
 
 
-async def test_a_refused_request_never_reaches_the_model(scorer: FakeScorer) -> None:
-    body = {"sequences": [{"prompt": [1], "completion": [2]}, {"prompt": [100], "completion": []}]}
+@pytest.mark.parametrize(
+    ("last", "status"),
+    [
+        ([{"prompt": [100], "completion": []}], 422),
+        ([{"prompt": [1] * 9, "completion": [2] * 8}], 413),
+        ([{"prompt": [1] * 8, "completion": [2] * 8}] * 3, 413),
+    ],
+    ids=["unknown token", "too long", "too much"],
+)
+async def test_a_refused_request_never_reaches_the_model(
+    scorer: FakeScorer, last: list[dict[str, list[int]]], status: int
+) -> None:
+    body = {"sequences": [{"prompt": [1], "completion": [2]}, *last]}
     async with _in_memory(scorer) as client:
-        assert (await client.post("/v1/score", json=body)).status_code == 422
+        assert (await client.post("/v1/score", json=body)).status_code == status
     assert scorer.calls == []
 
 
