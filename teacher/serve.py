@@ -34,7 +34,7 @@ from teacher.api import ModelCard
 from teacher.app import Teacher, build_app
 from teacher.auth import KeyRing, require_keys
 from teacher.cache import CachedScorer, connect
-from teacher.config import TeacherConfig, TeacherModel
+from teacher.config import CacheConfig, TeacherConfig, TeacherModel
 from teacher.front import Answered, Ask, Asked, Away, ask_app, build_front
 from teacher.metrics import Metrics
 from teacher.scorer import Scorer, build_scorer, model_card
@@ -68,7 +68,9 @@ class TeacherReplica:
         self._config, self._keys = config, keys
         card = model_card(config)  # first: it fails at once where loading takes minutes
         self._metrics = Metrics()
-        self._teacher = Teacher(card, self._remembering(build_scorer(config), card))
+        self._teacher = Teacher(
+            card, remembering(build_scorer(config), card, config.cache, self._metrics)
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         config = self._config
@@ -90,21 +92,6 @@ class TeacherReplica:
             self._app = self.__serve_build_asgi_app__()
         return await ask_app(self._app, asked)
 
-    def _remembering(self, scorer: Scorer, card: ModelCard) -> Scorer:
-        """`scorer`, behind the cache if there is one."""
-        settings = self._config.cache
-        if settings is None:
-            return scorer
-        redis = connect(resolve_url(settings) or settings.url)
-
-        def count(found: int, missed: int) -> None:
-            self._metrics.cached.labels(card.id, "hit").inc(found)
-            self._metrics.cached.labels(card.id, "miss").inc(missed)
-
-        return CachedScorer(
-            scorer, redis, card.fingerprint, max_bytes=settings.max_bytes, count=count
-        )
-
     async def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
         if self._teacher is not None:
@@ -114,6 +101,21 @@ class TeacherReplica:
         # Serve calls it when the replica has finished its last request.
         if self._teacher is not None:
             await self._teacher.scorer.close()
+
+
+def remembering(
+    scorer: Scorer, card: ModelCard, settings: CacheConfig | None, metrics: Metrics
+) -> Scorer:
+    """`scorer`, behind the cache if there is one, whose hits are counted in `metrics`."""
+    if settings is None:
+        return scorer
+    redis = connect(resolve_url(settings) or settings.url)
+
+    def count(found: int, missed: int) -> None:
+        metrics.cached.labels(card.id, "hit").inc(found)
+        metrics.cached.labels(card.id, "miss").inc(missed)
+
+    return CachedScorer(scorer, redis, card.fingerprint, max_bytes=settings.max_bytes, count=count)
 
 
 class FrontReplica:

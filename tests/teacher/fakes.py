@@ -24,6 +24,7 @@ from teacher.auth import KeyRing
 from teacher.scorer import ScorerDied
 from teacher.scores import TokenScores, valid_scores
 
+_DELAY_S = 0.05
 FAKE_CARD = ModelCard(
     id="fake-teacher",
     fingerprint="f00d",
@@ -99,7 +100,8 @@ class FaultyTeacher:
     """An ASGI teacher that answers honestly while `fault` is None, and otherwise:
 
     an `int`: with that status; `bytes`: with that body; a `dict`: with those fields of the
-    honest answer replaced; `"silence"`: never; `"half body"`: and breaks off in the middle.
+    honest answer replaced; `"silence"`: never; `"half body"`: and breaks off in the middle;
+    `"delay"`: honestly, but late.
     Asked about its models it does not lie, and finds no fault with an item.
     """
 
@@ -131,6 +133,8 @@ class FaultyTeacher:
             while message["type"] != "http.disconnect":
                 message = await receive()
             return
+        if told == "delay":
+            await asyncio.sleep(_DELAY_S)
         status = told if isinstance(told, int) else 200
         answer = self._answer(asked, told)
         length = len(answer) + (100 if told == "half body" else 0)

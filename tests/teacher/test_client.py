@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -142,6 +143,26 @@ async def test_an_answer_that_breaks_off_is_unavailable(
     faulty.fault = "half body"
     with pytest.raises(Unavailable, match="cannot be reached"):
         await client.score(ASKED)
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"])
+async def test_a_connection_that_is_reset_is_unavailable(said: bytes) -> None:
+    """Before the answer, or in its middle: what came of it is no answer."""
+
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(said)
+        await writer.drain()
+        at_once = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        writer.transport.abort()
+
+    async with await asyncio.start_server(reset, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        client = TeacherClient(Target(f"http://127.0.0.1:{port}"), timeout_s=5.0)
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            await client.score(ASKED)
+        await client.aclose()
 
 
 async def test_nobody_listening_is_unavailable() -> None:

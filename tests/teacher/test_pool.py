@@ -103,6 +103,28 @@ async def test_a_server_that_goes_under_load_costs_no_request_and_comes_back(
         await servers.aclose()
 
 
+async def test_three_failures_in_a_row_take_a_server_out_until_it_is_well() -> None:
+    failing, good = FaultyTeacher(), FaultyTeacher()
+    with listening(failing) as one, listening(good) as two:
+        servers = pool([one, two])
+        await servers.score([PAIR])
+        await until(lambda: servers.down == 0)
+        failing.requests.clear()
+        for fault in (500, 500, None, 500, 500):  # never three
+            failing.fault = fault
+            await assert_scores(servers)
+        assert (servers.down, servers.retried, len(failing.requests)) == (0, 4, 5)
+        failing.fault = 500
+        for _ in range(5):
+            await assert_scores(servers)
+        assert (servers.down, len(failing.requests)) == (1, 6)  # the third, and no more
+        failing.fault = None
+        await until(lambda: servers.down == 0)
+        await assert_scores(servers)
+        assert len(failing.requests) == 7
+        await servers.aclose()
+
+
 async def test_a_straggler_is_overtaken_and_its_slot_freed(
     urls: list[str], scorers: list[FakeScorer]
 ) -> None:
@@ -202,7 +224,8 @@ async def test_when_all_are_down_everyone_is_named() -> None:
 
 
 FAULTS: Sequence[Any] = (
-    None, 500, 503, 429, 404, "half body", b"garbage", {"fingerprint": "beef"}, {"scores": []},
+    None, 500, 503, 429, 404, "delay", "half body", b"garbage", {"fingerprint": "beef"},
+    {"scores": []},
     {"scores": [{"logprobs": [float("nan"), -1.0], "perplexity": 1.0}]},
     {"scores": [{"logprobs": [-1.0], "perplexity": 1.0}]},
 )  # fmt: skip
@@ -231,7 +254,7 @@ async def test_whatever_servers_do_a_score_is_right_or_an_error(
         try:
             await assert_scores(servers)
         except (Unavailable, BadAnswer, BadItem):
-            assert any(teacher.fault is not None for teacher in teachers)
+            assert any(teacher.fault not in (None, "delay") for teacher in teachers)
     await servers.aclose()
 
 
@@ -266,6 +289,21 @@ def test_keys_come_from_the_environment() -> None:
     assert "secret" not in repr(second)
     with pytest.raises(MissingKey, match="B_KEY"):
         targets(config, {})
+
+
+async def test_each_server_gets_its_own_key(scorers: list[FakeScorer]) -> None:
+    with (
+        listening(fake_app(scorers[0], ["key-a"])) as one,
+        listening(fake_app(scorers[1], ["key-b"])) as two,
+    ):
+        both = TeacherPool(Servers([Target(one, "key-a"), Target(two, "key-b")], timeout_s=5.0))
+        await assert_scores(both)
+        await until(lambda: both.down == 0)
+        swapped = TeacherPool(Servers([Target(one, "key-b"), Target(two, "key-a")], timeout_s=5.0))
+        with pytest.raises(Unavailable, match="answered 401: a valid API key is needed"):
+            await swapped.score([PAIR])
+        for made in (both, swapped):
+            await made.aclose()
 
 
 def _certificate(directory: Path) -> tuple[Path, Path]:

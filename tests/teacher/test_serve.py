@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +14,16 @@ import torch
 from ray import serve
 
 from services.models import load_model
-from teacher.auth import InsecureAddress
+from services.redis_server import EmbeddedRedis
+from teacher.admission import Admission
+from teacher.app import Teacher, build_app
+from teacher.auth import InsecureAddress, KeyRing
 from teacher.client import Target, TeacherClient
-from teacher.config import TeacherConfig
-from teacher.serve import TeacherFailed, deploy_teacher, stop_teacher
+from teacher.config import CacheConfig, TeacherConfig
+from teacher.metrics import Metrics
+from teacher.serve import TeacherFailed, deploy_teacher, remembering, stop_teacher
 from tests.teacher.conftest import CONTEXT, Reference
+from tests.teacher.fakes import FAKE_CARD, FakeScorer
 
 
 def _config(model: Path | str, **fields: object) -> TeacherConfig:
@@ -29,6 +35,32 @@ def _config(model: Path | str, **fields: object) -> TeacherConfig:
 def test_other_machines_are_not_served_without_a_key(model_dir: Path) -> None:
     with pytest.raises(InsecureAddress):
         deploy_teacher(_config(model_dir, host="0.0.0.0"), [], name="open")
+
+
+async def test_the_metrics_count_what_the_cache_saved(
+    scorer: FakeScorer, redis_server: EmbeddedRedis
+) -> None:
+    metrics, settings = Metrics(), CacheConfig(url=redis_server.url, max_bytes=1 << 20)
+    card = FAKE_CARD.model_copy(update={"fingerprint": uuid.uuid4().hex})  # no other test's
+    remembered = remembering(scorer, card, settings, metrics)
+    app = build_app(
+        [Teacher(card, remembered)],
+        KeyRing([]),
+        max_body_bytes=10_000,
+        admission=Admission(max_requests=10, max_tokens=100),
+        metrics=metrics,
+    )
+    body = {"sequences": [{"prompt": [1], "completion": [i]} for i in (2, 3)]}
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://teacher") as client:
+        first, again, third = [(await client.post("/v1/score", json=body)).json() for _ in range(3)]
+        text = (await client.get("/metrics")).text
+    assert first == again == third
+    assert len(scorer.calls) == 1
+    for outcome, times in (("hit", 4.0), ("miss", 2.0)):
+        labels = f'{{model="{card.id}",outcome="{outcome}"}}'
+        assert f"scope_teacher_cache_sequences_total{labels} {times}" in text
+    await remembered.close()
 
 
 @pytest.fixture
