@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -141,6 +142,63 @@ async def test_tests_that_cannot_judge_leave_it_unknown(
     judge: CodeJudge, reference: str, reason: str
 ) -> None:
     assert await judge.judge("print(6)", reference) == Verdict("unknown", reason)
+
+
+async def test_every_case_has_a_fresh_sandbox(judge: CodeJudge, landlock: CodeJudge) -> None:
+    """What one run of a program leaves behind, no other finds."""
+    source = "import os\nprint(os.listdir('.'))\nopen('note', 'w').write('7')"
+    cases = json.dumps({"inputs": ["", ""], "outputs": ["[]", "[]"]})
+    for level in (judge, landlock):
+        assert (await level.judge(source, cases)).outcome == "correct"
+        assert (await level.judge(source, cases)).outcome == "correct"
+
+
+@pytest.mark.parametrize("level", ["bubblewrap", "landlock"])
+async def test_programs_die_with_a_verifier_that_is_killed(level: str) -> None:
+    """Although they never look at the pipes that are closed under them."""
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT, level], cwd=Path(__file__).parents[2])
+    family: list[psutil.Process] = []
+    try:
+        async with asyncio.timeout(60):
+            while not any(map(_spins, family)):
+                assert parent.poll() is None
+                family = psutil.Process(parent.pid).children(recursive=True)
+                await asyncio.sleep(0.02)
+        parent.kill()
+        async with asyncio.timeout(30):
+            while any(map(_lives, family)):
+                await asyncio.sleep(0.02)
+    finally:
+        parent.kill()
+        parent.wait()
+        for process in filter(_lives, family):
+            process.kill()
+
+
+_PARENT = """
+import asyncio, sys
+from verifier.code_tests import CodeJudge
+from verifier.config import CodeConfig
+
+async def main():
+    judge = await CodeJudge.start(CodeConfig(sandbox=sys.argv[1], time_s=3600))
+    await judge.judge("while True: pass", '{"inputs": [""], "outputs": [""]}')
+
+asyncio.run(main())
+"""
+
+
+def _spins(process: psutil.Process) -> bool:
+    """Whether it is past its start, and so in the loop of its program."""
+    with suppress(psutil.NoSuchProcess):
+        return "program 3600" in " ".join(process.cmdline()) and process.cpu_times().user > 0.3
+    return False
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 async def test_a_reference_may_lower_the_limits_and_not_raise_them(judge: CodeJudge) -> None:

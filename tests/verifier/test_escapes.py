@@ -72,7 +72,7 @@ REFUSED = {
     "a raw socket": "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
     "a packet socket": "socket.socket(17, socket.SOCK_RAW)",
     "a netlink socket": "socket.socket(16, socket.SOCK_RAW, 0)",
-    "a unix socket": "socket.socket(socket.AF_UNIX).connect('/run/docker.sock')",
+    "a unix socket": "socket.socket(socket.AF_UNIX)",
     "a vsock to the hypervisor": "socket.socket(40, socket.SOCK_STREAM)",
     "a socket by ctypes": "must(libc.socket(2, 1, 0))",
     "a socket by its number": "syscall(41, 2, 1, 0)",
@@ -142,7 +142,7 @@ REFUSED = {
     "reboot": "must(libc.reboot(0x1234567))",
     "the clock": "import time\ntime.clock_settime(time.CLOCK_REALTIME, 0)",
     "the host's name": "socket.sethostname('owned')",
-    "typing into a terminal": "fcntl.ioctl(0, 0x5412, b'x')",
+    "typing into a terminal": "must(libc.ioctl(0, 0x5412, b'x'))",
     "shared memory of System V": "syscall(29, 0, 1 << 20, 0o1777)",
     "memory files": "os.memfd_create('x')",
     "an open directory outside": "os.open('/proc/1/root', os.O_RDONLY)",
@@ -173,7 +173,7 @@ CONTAINED = {
     "a crash": ("import ctypes\nctypes.string_at(0)", "failed"),
     "kill -1": ("import os, signal\nos.kill(-1, signal.SIGKILL)", "No such process"),
     "unpickling a command": (
-        "import pickle\npickle.loads(b'cos\\nsystem\\n(S\"id\"\\ntR.')\nprint('x')",
+        "import pickle\npickle.loads(b'cos\\nsystem\\n(S\"echo escaped\"\\ntR.')",
         "differs",
     ),
     "ignored signals": (
@@ -213,6 +213,7 @@ CHEATS = {
     "its own check": ("def check(f): pass\ndef f(x): return 0", _TESTS),
     "skipped tests": ("import sys\ndef f(x): sys.exit('SKIPPED: 1 passed')", _TESTS),
     "pytest.skip": ("class Skipped(BaseException): pass\ndef f(x): raise Skipped()", _TESTS),
+    "unittest's skip": ("import unittest\ndef f(x): raise unittest.SkipTest('1 passed')", _TESTS),
     "a claim on the channel": (
         "import json, os\nm = json.dumps({'passed': True}).encode()\n"
         "for fd in range(3, 64):\n"

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deploy.cli import main
+from tests.deploy.conftest import ROOT
 
 
 def scope_verify(file: Path, *options: str) -> int:
@@ -27,6 +29,24 @@ def test_judges_a_file_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [line["verdict"] for line in found] == ["correct", "incorrect", "unknown"]
     assert all(line["seconds"] >= 0 and line["reason"] for line in found)
     assert "3 rows: 1 correct (33.3%), 1 incorrect (33.3%), 1 unknown (33.3%)" in printed.err
+
+
+def test_a_run_s_config_says_who_judges_which_data_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run.yaml"
+    kinds = {"rules": "verifier.constraints:judge"}
+    verifier = {"kind": "exact", "answer_marker": "=>", "kinds": kinds}
+    demo = yaml.safe_load((ROOT / "deploy/runs/demo.yaml").read_text())
+    run.write_text(yaml.safe_dump({**demo, "verifier": verifier}))
+    rule = '{"max_words": 2}'
+    rows = [("in Paris", rule, "rules"), ("so => b", "b", "words"), ("in Paris", rule, "words")]
+    file = tmp_path / "rows.jsonl"
+    lines = [{"completion": c, "reference": r, "data_source": s} for c, r, s in rows]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert scope_verify(file, "--config", str(run)) == 0
+    found = [json.loads(line)["verdict"] for line in capsys.readouterr().out.splitlines()]
+    assert found == ["correct", "correct", "incorrect"]
 
 
 def test_programs_that_cannot_be_confined_are_not_run(
