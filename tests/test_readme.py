@@ -1,12 +1,16 @@
-"""The README's list of files stays true."""
+"""What README and pages name is there: files, links, settings, metrics."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from deploy.config import RunConfig, _keys_at
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("services", "rollout", "verifier", "teacher", "trainer", "deploy")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_every_source_file_has_its_line() -> None:
@@ -21,6 +25,42 @@ def test_every_source_file_has_its_line() -> None:
 
 
 def test_every_link_leads_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_setting_that_a_page_names_exists() -> None:
+    named = {
+        (page.name, match[0])
+        for page, span in _spans()
+        if (match := re.match(r"[a-z_]+(\.[a-z_]+)+(?=[=: ]|$)", span))
+        and match[0].split(".")[0] in RunConfig.model_fields
+        and match[0] != "rollout.token_s"  # of a file of rates, docs/plan.md
+    }
+    assert len(named) > 50
+    for page, setting in sorted(named):
+        *sections, key = setting.split(".")
+        assert "args" in sections or key in _keys_at(RunConfig, sections), f"{page}: {setting}"
+
+
+def test_every_metric_that_a_page_names_is_recorded() -> None:
+    source = {room: "".join(f.read_text() for f in (ROOT / room).rglob("*.py")) for room in ROOMS}
+    everything = "".join(source.values())
+    known = {*re.findall(r'"([a-z_]+/[a-z0-9_]+)"', everything)}
+    known |= {f"timing_s/{phase}" for phase in re.findall(r'\.lap\("(\w+)"\)', everything)}
+    kinds = {metric.split("/")[0] for metric in known}
+    named = {(page.name, span) for page, span in _spans() if re.fullmatch(r"[a-z_]+/\w+", span)}
+    named = {(page, metric) for page, metric in named if metric.split("/")[0] in kinds}
+    assert len(named) > 30
+    for page, metric in sorted(named):
+        stage, detail = metric.split("/")  # what workers report of themselves is `stage/detail`
+        reported = stage in source and re.search(rf'"{detail}"|\b{detail}=', source[stage])
+        assert metric in known or reported, f"{page}: {metric}"
+
+
+def _spans() -> Iterator[tuple[Path, str]]:
+    """What stands between backticks."""
+    for page in PAGES:
+        for span in re.findall(r"`([^`\n]+)`", page.read_text()):
+            yield page, span
