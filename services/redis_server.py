@@ -182,6 +182,9 @@ class _Patience(Retry):
 
     redis-py nests one retry loop in another (a command's, and the reconnection's in it), which
     would multiply the patience: only the outermost one retries here.
+
+    It sends by `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that comes
+    just when all is sent: that is made up for here, or a worker would go on for ever.
     """
 
     def __init__(self, patience_s: float) -> None:
@@ -198,10 +201,14 @@ class _Patience(Retry):
         if _retrying.get():
             return await do()
         token = _retrying.set(True)
+        asked_before = _cancels()
         try:
-            return await self._outermost(do, fail, is_retryable, with_failure_count)
+            result = await self._outermost(do, fail, is_retryable, with_failure_count)
         finally:
             _retrying.reset(token)
+        if _cancels() > asked_before:
+            raise asyncio.CancelledError
+        return result
 
     async def _outermost(
         self,
@@ -227,6 +234,12 @@ class _Patience(Retry):
                     next_warning = waited + 60
                     log.warning("waiting for Redis, for %.0f s: %s", waited, error)
                 await asyncio.sleep(self._backoff.compute(failures))
+
+
+def _cancels() -> int:
+    """How often this task was asked to end."""
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
 
 
 def answers(url: str) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import redis
 
 from services import redis_server
 from services.config import RedisConfig
-from services.redis_server import EmbeddedRedis, RedisUnavailable, examine, resolve_url
+from services.redis_server import EmbeddedRedis, RedisUnavailable, connect, examine, resolve_url
 
 
 def wait_gone(pid: int) -> None:
@@ -165,3 +166,23 @@ def test_one_that_hangs_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not redis_server.answers(server.url)
     server.stop()
     assert not server.running
+
+
+async def test_a_task_ends_at_whatever_moment_of_a_command_it_is_cancelled(
+    redis_server: EmbeddedRedis,
+) -> None:
+    client = connect(redis_server.url)
+    await client.ping()  # so that each task finds a connection
+
+    async def ask_for_ever() -> None:
+        while True:
+            await client.xread({"nothing": "$"}, block=20)
+
+    for turns in range(30):
+        task = asyncio.create_task(ask_for_ever())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=1)
+        assert task.cancelled(), f"it goes on when it is cancelled after {turns} turns"
+    await client.aclose()
