@@ -136,7 +136,13 @@ def _limits(_: RunConfig | None) -> Iterator[Finding]:
     if few:
         said += f": Ray wants {_OPEN_FILES:,} on a node with many actors (ulimit -n {_OPEN_FILES})"
     yield Finding("open files", said, "note" if few else "ok")
-    shared = shutil.disk_usage("/dev/shm").total
+    yield _shared_memory(Path("/dev/shm"))
+
+
+def _shared_memory(place: Path) -> Finding:
+    if not place.is_dir():
+        return Finding("/dev/shm", "there is none: Ray's object store falls back to /tmp", "note")
+    shared = shutil.disk_usage(place).total
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     small = shared < _RAY_SHARE * memory
     said = f"{shared / 2**30:.1f} GiB of shared memory"
@@ -145,7 +151,7 @@ def _limits(_: RunConfig | None) -> Iterator[Finding]:
             ", less than Ray takes for its object store: it falls back to a slow disk (in a "
             "container: --shm-size, or an emptyDir of medium Memory)"
         )
-    yield Finding("/dev/shm", said, "note" if small else "ok")
+    return Finding("/dev/shm", said, "note" if small else "ok")
 
 
 def _disks(config: RunConfig | None) -> Iterator[Finding]:

@@ -338,10 +338,7 @@ class Run:
                 server.start()
 
     def _trackers(self) -> list[trackers.Background]:
-        # Not the addresses, which may hold passwords.
-        told = self.config.model_dump(
-            mode="json", exclude={"redis": True, "teacher": {"cache", "endpoints"}}
-        )
+        told = _without_addresses(self.config)
         return trackers.start(self.config.trackers, self.directory, self.config.name, told)
 
     async def _record(self, streams: Streams, recorder: Recorder) -> None:
@@ -416,6 +413,19 @@ def start(config: RunConfig, console: Console, *, directory: Path | None = None)
         (directory / "config.yaml").write_text(dump(config))
     console.say(f"run directory: {directory}")
     return Run(config, directory, console, preflight, resumed, Telemetry(config.name))
+
+
+def _without_addresses(config: RunConfig) -> dict[str, Any]:
+    """What others may be told of a config: its addresses may hold passwords."""
+    asked = {"cache": True, "endpoints": True}
+    return config.model_dump(
+        mode="json",
+        exclude={
+            "redis": True,
+            "teacher": {**asked, "others": {"__all__": asked}},
+            "trainer": {"checkpoint": {"storage"}},
+        },
+    )
 
 
 def _new_directory(config: RunConfig) -> Path:

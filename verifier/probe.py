@@ -126,8 +126,10 @@ def missing(root: Path = Path("/")) -> str:
         path = root / place
         if path.exists() and path.read_text().strip() == value:
             wrong.append(remedy)
-    status = Path("/proc/self/status").read_text()
-    if "\nSeccomp:\t2" in status:
+    status = root / "proc/self/status"
+    if not status.exists():
+        wrong.append("/proc, which is not mounted")
+    elif "\nSeccomp:\t2" in status.read_text():
         wrong.append(
             "a seccomp profile of the container that allows user namespaces and mounts (Docker: "
             "--security-opt seccomp=PROFILE; Kubernetes: securityContext.seccompProfile)"

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from deploy.config import RunConfig, load
-from deploy.doctor import Finding, examine_machine
+from deploy.doctor import Finding, _shared_memory, examine_machine
 from services.redis_server import EmbeddedRedis
 from tests.deploy.conftest import ROOT, scope
 
@@ -55,6 +55,11 @@ def test_gpus_that_are_not_there_are_a_fault(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     (found,) = findings(config("trainer.resources.gpus=1"), "GPU")
     assert found.verdict == "fault" and "reserves 1" in found.said
+
+
+def test_a_machine_without_shared_memory_is_told_so(tmp_path: Path) -> None:
+    found = _shared_memory(tmp_path / "shm")
+    assert found.verdict == "note" and "there is none" in found.said
 
 
 @pytest.mark.slow

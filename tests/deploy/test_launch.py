@@ -12,7 +12,7 @@ import pytest
 from deploy.config import load
 from deploy.console import Console
 from deploy.crew import Crew
-from deploy.launch import Run, RunFailed
+from deploy.launch import Run, RunFailed, _without_addresses
 from deploy.telemetry import Telemetry
 from services.metrics import Recorder
 from services.streams import Streams, claim
@@ -59,3 +59,25 @@ async def test_a_run_with_too_many_dead_prompts_ends_with_a_sentence(
     with Recorder(tmp_path) as recorder, ending if stops else pytest.raises(TimeoutError):
         async with asyncio.timeout(20 if stops else 1.5):  # the watch looks every half second
             await run._watch(streams, recorder, learner, Crew("poisoned", str))
+
+
+def test_no_address_that_may_hold_a_password_goes_to_a_tracker() -> None:
+    others = (
+        "{a: {model: a, endpoints: ['http://u:hidden@h']}, "
+        "b: {model: b, cache: {url: 'redis://u:hidden@h'}}}"
+    )
+    config = load(
+        ROOT / "deploy/runs/demo.yaml",
+        [
+            "redis.url=redis://u:hidden@h",
+            "teacher.cache.url=redis://u:hidden@h",
+            "trainer.checkpoint.storage=s3://key:hidden@bucket",
+            f"teacher.others={others}",
+        ],
+    )
+    told = _without_addresses(config)
+    assert "hidden" not in str(told)
+    assert {name: one["model"] for name, one in told["teacher"]["others"].items()} == {
+        "a": "a",
+        "b": "b",
+    }

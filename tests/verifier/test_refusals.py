@@ -166,6 +166,10 @@ def test_settings_of_other_kernels_are_known(
     assert remedy in probe.missing(tmp_path)
 
 
+def test_a_machine_without_proc_is_told_so(tmp_path: Path) -> None:
+    assert "/proc, which is not mounted" in probe.missing(tmp_path)
+
+
 async def test_without_bubblewrap_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SandboxRefused, match="install the package `bubblewrap`"):
