@@ -54,8 +54,8 @@ def _processes() -> dict[int, _Process]:
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
             # The command, in brackets, may hold anything.
-            fields = entry.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            fields = entry.read_bytes().rpartition(b")")[2].split()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # ended, or hidden
             continue
         seconds = sum(map(int, fields[11:15])) / ticks
         found[int(entry.parent.name)] = _Process(int(fields[1]), seconds)

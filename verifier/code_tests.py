@@ -219,7 +219,7 @@ class CodeJudge:
                 try:
                     question = await examiner.within(examiner.receive())
                 except EOFError:
-                    return _failed(calls, await examiner.end() or "ended early")
+                    return _failed(calls, await _how_it_ended(examiner))
                 except Limit as limit:
                     return _failed(calls, str(limit))
                 if "passed" in question:
@@ -245,6 +245,13 @@ def _failed(calls: int, how: str) -> Verdict:
     if calls:
         return Verdict("incorrect", f"after {calls} calls, a test {how}")
     return Verdict("unknown", f"the tests cannot be run: they {how}")
+
+
+async def _how_it_ended(examiner: Sandboxed) -> str:
+    try:
+        return await examiner.within(examiner.end()) or "ended early"
+    except Limit as limit:
+        return str(limit)
 
 
 async def _run(running: Sandboxed, given: bytes) -> tuple[bytes, str]:

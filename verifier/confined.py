@@ -35,6 +35,7 @@ _ASK_S = 30.0
 _START_S = 60.0
 _PATIENCE = 4  # times `Limits.wall_s`, for a program that the machine finds no time for
 _THREADS = 64
+_COUNTS = Path("/proc/vmstat")  # of what the kernel did since it started
 _OTHER_PYTHONS = ("/usr/local/bin/python3", "/usr/bin/python3")
 
 
@@ -85,6 +86,7 @@ class Sandboxed:
     limits: Limits
     overrun: Callable[[], str]
     _started_at: float = field(default_factory=time.monotonic)
+    _killed_before: int | None = field(default_factory=lambda: _killed_for_memory())
     _awaited_s: float = 0.0
     _flooded: bool = False
     _errors: bytearray = field(default_factory=bytearray)
@@ -170,7 +172,8 @@ class Sandboxed:
         """Waits for its end; the empty text if it ended well, or else how, in its own words.
 
         Raises:
-            Starved: it was killed from outside, as the kernel does when memory runs out.
+            Starved: it was killed as the kernel kills when the machine's memory runs out. By its
+                own hand it can end like that, too, so the kernel must have done it to somebody.
         """
         code = await self.process.wait()
         if self._draining is not None:
@@ -183,12 +186,12 @@ class Sandboxed:
             code = 128 - code  # died of a signal: as a shell, and bwrap, would say it
         if code == 0:
             return ""
-        if (
-            code == 128 + signal.SIGKILL
-            and time.monotonic() - self._started_at < self.limits.time_s
-        ):
-            raise Starved("was killed before its time was over: is there enough memory?")
-        if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
+        early = time.monotonic() - self._started_at < self.limits.time_s
+        if code == 128 + signal.SIGKILL and early:
+            killed = _killed_for_memory()
+            if killed is None or killed != self._killed_before:
+                raise Starved("was killed before its time was over: is there enough memory?")
+        elif code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
             return f"used more than {self.limits.time_s:g} s"
         said = self._errors.decode(errors="replace").strip().splitlines()
         printable = "".join(filter(str.isprintable, said[-1][:200])) if said else ""
@@ -294,6 +297,15 @@ async def _ready(sandboxed: Sandboxed) -> None:
         raise NotStarted(f"no sandbox can be made: a program {killed}") from None
 
 
+def _killed_for_memory() -> int | None:
+    """How many processes the kernel has killed because memory ran out, in whatever container; None
+    where it does not tell."""
+    if not _COUNTS.exists():
+        return None
+    counts = dict(line.split() for line in _COUNTS.read_text().splitlines())
+    return int(counts["oom_kill"]) if "oom_kill" in counts else None
+
+
 def runnable_s(pid: int) -> float:
     """Seconds in which the thread of `pid` and the processes below it that slept the least ran
     or waited for a processor (proc(5), `schedstat`); endless where the kernel does not tell."""
@@ -302,9 +314,10 @@ def runnable_s(pid: int) -> float:
     children: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
-            with suppress(FileNotFoundError, ProcessLookupError):
-                stat_line = Path(entry.path, "stat").read_text()
-                parent = int(stat_line.rpartition(")")[2].split()[1])
+            # One has just ended, another may be hidden; a name may be any bytes.
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                stat_line = Path(entry.path, "stat").read_bytes()
+                parent = int(stat_line.rpartition(b")")[2].split()[1])
                 children.setdefault(parent, []).append(int(entry.name))
     longest_ns, left = 0, [pid]
     while left:

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from deploy.usage import cpu_seconds
+from verifier.confined import runnable_s
 
 _BURN = "import time\nwhile time.process_time() < 0.3: pass\n"
 _WAIT = "print('done', flush=True); input()"
@@ -59,3 +60,18 @@ def test_it_is_this_process_and_not_the_machine() -> None:
     own = sum(cpu_seconds(os.getpid()).values())
     assert own >= started * 0.9
     assert cpu_seconds(2**22 + 1) == {}
+
+
+def test_a_stranger_whose_name_is_no_text_is_in_nobodys_way() -> None:
+    name = "import ctypes\nctypes.CDLL(None).prctl(15, b'cut off \\xc3')\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", name + _WAIT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as stranger:
+        assert stranger.stdout
+        stranger.stdout.readline()
+        assert sum(cpu_seconds().values()) > 0
+        assert runnable_s(stranger.pid) > 0
+        stranger.communicate("\n")

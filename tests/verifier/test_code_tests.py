@@ -20,7 +20,7 @@ import pytest_asyncio
 
 from services.stage import Unavailable
 from services.trajectory import Verdict
-from verifier import code_tests
+from verifier import code_tests, confined
 from verifier.bubblewrap import Bubblewrap
 from verifier.code_tests import CodeJudge, program, same_output, same_value
 from verifier.config import CodeConfig
@@ -330,15 +330,47 @@ async def test_a_program_that_sleeps_until_its_time_is_over_is_incorrect(
     assert re.search(r"took longer than (0.5|2) s, of which it slept 0.25$", verdict.reason)
 
 
-async def test_a_program_that_is_killed_from_outside_is_not_incorrect(judge: CodeJudge) -> None:
-    """As the kernel kills when the machine's memory runs out."""
+async def test_a_program_that_is_killed_from_outside_is_not_incorrect(
+    judge: CodeJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel kills when the machine's memory runs out, and counts."""
+    counts = tmp_path / "vmstat"
+    counts.write_text("pgfault 5\noom_kill 1\n")
+    monkeypatch.setattr(confined, "_COUNTS", counts)
     patient = CodeJudge(judge._sandbox, CodeConfig(time_s=3600), 0)
     judging = asyncio.create_task(patient.judge("while True: pass", json.dumps(SUM)))
-    (await program_of(judging)).kill()
+    program = await program_of(judging)
+    counts.write_text("pgfault 5\noom_kill 2\n")
+    program.kill()
     assert await judging == Verdict(
         "unknown",
         "the program was killed before its time was over: is there enough memory?",
     )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nos._exit(137)",
+        "raise SystemExit(137)",
+        "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+    ],
+)
+async def test_a_program_that_ends_as_if_it_were_killed_is_incorrect(
+    judge: CodeJudge, landlock: CodeJudge, source: str
+) -> None:
+    assert Path("/proc/vmstat").exists()
+    for level in (judge, landlock):
+        verdict = await level.judge(source, json.dumps(SUM))
+        assert verdict.outcome == "incorrect" and "failed" in verdict.reason
+
+
+@pytest.mark.usefixtures("short_wall")
+async def test_tests_that_say_nothing_and_do_not_end_hold_no_place(landlock: CodeJudge) -> None:
+    tests = "import os, time\ndef check(f):\n os.closerange(0, 64)\n time.sleep(3600)"
+    reference = json.dumps({"test": tests, "entry_point": "double"})
+    verdict = await landlock.judge("def double(x): return x + x", reference)
+    assert verdict.outcome == "unknown" and "took longer" in verdict.reason
 
 
 async def test_a_sandbox_that_cannot_be_made_judges_nobody(judge: CodeJudge) -> None:
