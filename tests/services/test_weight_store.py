@@ -50,6 +50,19 @@ async def test_every_feed_gets_every_publication_once_and_only_the_newest(store:
         assert newest.version == 2
 
 
+async def test_weights_are_read_where_they_lie(store: Any) -> None:
+    """All readers of a node map the same memory, and nobody copies it."""
+    large = Weights.flatten(1, [("p", torch.ones(1 << 20))], [1, 2], [-0.5])  # not sent along
+    await store.publish.remote(1, large)
+    one, other = [await StoreFeed(store).next(10) for _ in range(2)]
+    assert one is not None and other is not None
+    assert not one.buffer.flags.writeable
+    assert one.buffer.ctypes.data == other.buffer.ctypes.data
+    ((_, tensor),) = one.tensors()
+    assert tensor.data_ptr() == one.buffer.ctypes.data
+    assert tensor.sum() == 1 << 20
+
+
 async def test_a_learner_that_went_back_is_followed(store: Any) -> None:
     feed = StoreFeed(store)
     for number in (5, 3, 3):  # the second 3 is another model of the same number

@@ -139,6 +139,24 @@ async def test_a_straggler_is_overtaken_and_its_slot_freed(
     await servers.aclose()
 
 
+async def test_hedging_never_becomes_the_load(
+    urls: list[str], scorers: list[FakeScorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = pool(urls, hedge_factor=2.0)
+    for _ in range(30):
+        await assert_scores(servers)
+    monkeypatch.setattr("teacher.pool._SHORTEST_HEDGE_S", 0.02)
+    slow = max(scorers, key=lambda scorer: len(scorer.calls))
+    slow.held = asyncio.Event()
+    asked = asyncio.create_task(assert_scores(servers))
+    while (await asyncio.wait([asked], timeout=1.0))[0]:  # until one waits for the straggler
+        asked = asyncio.create_task(assert_scores(servers))
+    assert 0 < servers.hedged < 0.1 * servers.requests + 1
+    slow.held.set()
+    await asked
+    await servers.aclose()
+
+
 async def test_without_hedging_a_straggler_is_waited_for(
     urls: list[str], scorers: list[FakeScorer]
 ) -> None:
