@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -23,14 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from rollout.config import RolloutConfig
 from rollout.engine import Completion, Engine, build_engine
 from services.models import load_tokenizer
-from services.stage import EVAL, TRAIN, Busy, Connection, Stage, Unavailable, new_consumer
+from services.stage import EVAL, TRAIN, Busy, Connection, Stage, Unavailable, end, new_consumer
 from services.trajectory import Prompt, RolloutGroup, Trajectory, decode, encode
 from services.weights import WeightFeed
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 2.0  # how long the store holds a request for newer weights; how soon a stop is noticed
-_CANCEL_AGAIN_S = 0.5
 _SHOW_WAIT_S = 5.0  # a prompt that waits longer for its weights shows in `scope status`
 
 
@@ -203,17 +202,7 @@ async def _both(work: Coroutine[Any, Any, None], background: Coroutine[Any, Any,
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        await _end(tasks)
+        await end(tasks)
     for task in tasks:
         if not task.cancelled():
             task.result()
-
-
-async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancels tasks until they are over. Once may not be enough: the Redis client sends with
-    `wait_for`, which can swallow a cancellation before Python 3.12 (python/cpython#86296)."""
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)

@@ -37,6 +37,7 @@ Process: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 TRAIN, EVAL = "", "eval"  # the lanes of training and of evaluation prompts
 QUIET_S = 60.0  # a worker that has not reported for this long is taken for gone
 _BLOCK_S = 1.0  # how long a read waits at most; also how soon a stop is noticed
+_CANCEL_AGAIN_S = 0.5
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.2, 15.0
 
 
@@ -148,8 +149,7 @@ class Stage:
                 await asyncio.wait(self._active)
                 self._collect()
         finally:
-            for task in [heartbeat, *self._active]:
-                task.cancel()
+            await end([heartbeat, *self._active])
 
     async def _claim_until_stopped(self, heartbeat: asyncio.Task[None]) -> None:
         every = self.config.lease_s / 4  # how often the items of the dead are looked for
@@ -273,6 +273,16 @@ class Stage:
             "waiting_since": self._waiting_since,
             "details": self.details(),
         }
+
+
+async def end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancels tasks until they are over. Once may not be enough: the Redis client sends with
+    `wait_for`, which can swallow a cancellation before Python 3.12 (python/cpython#86296)."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
 
 
 def totals(reports: Iterable[Mapping[str, Any]]) -> dict[str, float]:

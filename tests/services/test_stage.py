@@ -198,6 +198,26 @@ async def test_a_stopping_worker_finishes_what_it_holds(streams: Streams) -> Non
     assert (await streams.ledger()).depth["rollouts"] == 1
 
 
+async def test_nothing_of_a_stopped_worker_lives_on(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although its heartbeat does not notice the first cancellation."""
+    at_it = asyncio.Event()
+
+    async def swallow(*_: object) -> None:
+        at_it.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            monkeypatch.undo()  # as Redis' client, once
+
+    monkeypatch.setattr(streams, "report", swallow)
+    before = asyncio.all_tasks()
+    async with working(streams, upper):
+        await asyncio.wait_for(at_it.wait(), 15)
+    assert asyncio.all_tasks() == before
+
+
 def test_work_that_overlaps_is_busy_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("services.stage.time.monotonic", lambda: now)
