@@ -31,7 +31,7 @@ setup() {
     fi
     make -s -C "$SCOPE_HOME" install
     if [ -e /dev/nvidiactl ] && ! pip show -q vllm 2>/dev/null; then
-        pip install -q -c "$SCOPE_HOME/constraints.txt" -e "${SCOPE_HOME}[vllm]"
+        sh "$SCOPE_HOME/deploy/install-vllm.sh" -q
     fi
 }
 

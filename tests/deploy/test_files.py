@@ -45,6 +45,7 @@ def test_a_cloud_has_nodes_for_every_role(cloud: str) -> None:
         ("hadolint", "deploy/docker/Dockerfile"),
         ("shellcheck", "deploy/clusters/node.sh"),
         ("shellcheck", "deploy/install.sh"),
+        ("shellcheck", "deploy/install-vllm.sh"),
     ],
 )
 def test_linters_find_nothing(linter: str, file: str) -> None:
