@@ -198,7 +198,7 @@ class TeacherPool:
         for server in self._servers:
             if not server.up and server.care is None:
                 self._look_after(server)
-        while (found := self._best(failed)) is None and self._hopeful():
+        while (found := self._best(failed)) is None and self._hopeful(failed):
             await self._changed.wait()
         return found
 
@@ -207,9 +207,10 @@ class TeacherPool:
         free = [s for s in self._servers if s.up and s.busy_until <= now and s not in excluded]
         return min(free, key=lambda server: server.outstanding, default=None)
 
-    def _hopeful(self) -> bool:
-        """Whether a server is still being looked at for the first time."""
-        return any(not server.up and not server.checks for server in self._servers)
+    def _hopeful(self, excluded: Collection[_Server]) -> bool:
+        """Whether one of the others is being looked at for the first time since it worked."""
+        others = (server for server in self._servers if server not in excluded)
+        return any(not server.up and not server.checks for server in others)
 
     def _exhausted(self, failed: Mapping[_Server, Exception]) -> Exception:
         """What the call fails with. A server that had an answer says more about the item than

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import ipaddress
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.stage import BadItem, Unavailable
 from teacher.client import BadAnswer, NoLogProbs, Target
@@ -203,6 +205,51 @@ async def test_busy_servers_are_left_alone_and_said(scorers: list[FakeScorer]) -
                 await alone.score([PAIR])
         assert alone.down == 0
         await alone.aclose()
+
+
+class Slow:
+    """An application that lets whoever asks for its models wait until it may answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app, self.asked = app, 0
+        self.may = threading.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.asked += 1
+        while scope["method"] == "GET" and not self.may.is_set():
+            await asyncio.sleep(0.005)
+        await self._app(scope, receive, send)
+
+
+async def test_a_server_that_nobody_has_looked_at_yet_is_waited_for(
+    scorers: list[FakeScorer],
+) -> None:
+    first, second = Slow(fake_app(scorers[0], max_requests=0)), Slow(fake_app(scorers[1]))
+    first.may.set()
+    with listening(first) as busy, listening(second) as late:
+        servers = pool([busy, late])
+        asked = asyncio.create_task(assert_scores(servers))
+        await until(lambda: first.asked > 1 and second.asked == 1)
+        await asyncio.wait([asked], timeout=0.3)
+        assert not asked.done()
+        second.may.set()
+        await asked
+        await servers.aclose()
+
+
+async def test_a_server_that_failed_is_not_waited_for() -> None:
+    faulty = FaultyTeacher()
+    only = Slow(faulty)
+    only.may.set()
+    with listening(only) as url:
+        servers = pool([url])
+        await assert_scores(servers)
+        faulty.fault = "half body"
+        only.may.clear()  # nor does it say what it is
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            async with asyncio.timeout(5):
+                await servers.score([PAIR])
+        await servers.aclose()
 
 
 async def test_an_item_without_numbers_is_tried_elsewhere_before_it_is_bad(
