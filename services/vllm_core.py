@@ -17,7 +17,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
@@ -61,15 +61,26 @@ _ENVIRONMENT: Mapping[str, str] = {
 # segments of shared memory that killed ones leave behind: hundreds of megabytes each time.
 _WATCHDOG = """
 import os, signal, sys, time
+
+def runs(pid, started):  # and is not another one under its number
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return fields[19].decode() == started and fields[0] != b"Z"
+
+ours = [process.split(":") for process in sys.argv[1:]]
 names = sys.stdin.read().split()
 deadline = time.monotonic() + 20
 for signum in (signal.SIGTERM, signal.SIGKILL):
-    for pid in sys.argv[1:]:
-        try:
-            os.kill(int(pid), signum)
-        except ProcessLookupError:
-            pass
-    while time.monotonic() < deadline and any(os.path.exists(f"/proc/{p}") for p in sys.argv[1:]):
+    for pid, started in ours:
+        if runs(pid, started):
+            try:
+                os.kill(int(pid), signum)
+            except ProcessLookupError:
+                pass
+    while time.monotonic() < deadline and any(runs(*process) for process in ours):
         time.sleep(0.05)
 for name in names:
     try:
@@ -89,7 +100,7 @@ class Running:
         self.llm = make()
         pids = [child.pid for child in set(multiprocessing.active_children()) - before if child.pid]
         self._watchdog = subprocess.Popen(
-            [sys.executable, "-c", _WATCHDOG, *map(str, pids)],
+            [sys.executable, "-c", _WATCHDOG, *(f"{pid}:{_started(pid)}" for pid in pids)],
             stdin=subprocess.PIPE,
             start_new_session=True,
             text=True,
@@ -108,10 +119,19 @@ def shared_memory(pids: Sequence[int]) -> set[str]:
     """Files of shared memory that these processes and all below them have mapped."""
     found: set[str] = set()
     for pid in pids:
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        for process in family:
-            found |= {*_SHARED.findall(Path(f"/proc/{process.pid}/maps").read_text())}
+        with suppress(psutil.NoSuchProcess):
+            family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+            for process in family:
+                with suppress(FileNotFoundError, ProcessLookupError):  # a compiler, say, has ended
+                    maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
+                    found |= {*_SHARED.findall(maps)}
     return found
+
+
+def _started(pid: int) -> str:
+    """When a process of ours did, in ticks since the machine did (proc(5)): numbers of processes
+    are given again."""
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
 
 
 def on_cpu() -> bool:

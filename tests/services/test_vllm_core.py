@@ -42,8 +42,12 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("vllm")
-def test_what_was_started_dies_with_a_parent_that_is_killed() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+def test_what_was_started_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    program = tmp_path / "parent.py"  # a child that is spawned reads it again
+    program.write_text(PARENT)
+    parent = subprocess.Popen(
+        [sys.executable, program], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
+    )
     assert parent.stdout is not None
     pid, name = parent.stdout.readline().split()
     child, segment = psutil.Process(int(pid)), Path("/dev/shm", name.decode())
@@ -55,3 +59,27 @@ def test_what_was_started_dies_with_a_parent_that_is_killed() -> None:
     while segment.exists():
         assert time.monotonic() < deadline, f"{segment} is left behind"
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_process_under_the_number_of_one_that_has_ended_is_left_alone(ours: bool) -> None:
+    from services.vllm_core import _WATCHDOG, _started
+
+    with subprocess.Popen(["sleep", "60"]) as process:
+        started = _started(process.pid) if ours else "1"
+        watching = [sys.executable, "-c", _WATCHDOG, f"{process.pid}:{started}"]
+        subprocess.run(watching, stdin=subprocess.DEVNULL, check=True, timeout=30)
+        assert (process.poll() is not None) is ours
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("vllm")
+def test_a_process_that_has_just_ended_holds_no_shared_memory() -> None:
+    from services.vllm_core import shared_memory
+
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    assert shared_memory([process.pid]) == set()
