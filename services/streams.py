@@ -205,18 +205,12 @@ class Ledger:
         """Prompts in any of the streams."""
         return sum(self.depth.values())
 
-    @property
-    def used(self) -> int:
-        """Groups in `scored` that steps have used, and that stay until a checkpoint holds them."""
-        return self.consumed - self.trained
-
     def slowest(self, groups_per_step: int) -> str:
-        """The stream with the oldest item; `scored` only when it has a step's groups to be used,
-        or nothing else has any."""
-        unused = self.depth["scored"] - self.used
+        """The stream with the oldest item; `scored` only when it has a step's groups that no step
+        has used (the others wait for a checkpoint), or nothing else has any."""
+        unused = self.depth["scored"] - (self.consumed - self.trained)
         learner = unused >= groups_per_step or self.depth["scored"] == self.in_flight
-        streams = STREAMS if learner else WORK
-        return max(streams, key=lambda name: self.age_s[name])
+        return max(STREAMS if learner else WORK, key=lambda name: self.age_s[name])
 
     @property
     def exact(self) -> bool:
