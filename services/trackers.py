@@ -95,8 +95,10 @@ class Background:
         self._failed = failed
         self._queue.put(None)
         self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        alive = self._thread.is_alive()
+        if alive:
             self._given_up.set()
+        if alive or self._sent < self._given:  # it may have died of a fault of its own
             log.warning(
                 "%s: %d of %d steps were not sent within %g s; metrics.jsonl has them all",
                 self._kind, self._given - self._sent, self._given, timeout_s,

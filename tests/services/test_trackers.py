@@ -179,3 +179,21 @@ def test_what_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     (sentence,) = trackers.missing(["wandb"])
     assert sentence == ("trackers names wandb, which is not installed: pip install -e '.[wandb]'")
+
+
+class Broken:
+    """A tracker with a fault of its own."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        raise KeyError(step)
+
+    def close(self, *, failed: bool) -> None: ...
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_a_broken_tracker_did_not_send_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Background("mlflow", Broken)
+    for step in range(1, 4):
+        tracker.log({"loss/mle": 1.0}, step)
+    tracker.close(failed=False)
+    assert "3 of 3 steps were not sent" in caplog.text
