@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,18 +58,22 @@ class Report:
     """What happened; `lost` and `duplicated` must be 0."""
 
     seed: int
-    kills: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    recovery_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    recovery_s: dict[str, list[float]] = field(default_factory=dict)
     fed: int = 0
     trained: int = 0
     dead: int = 0
     lost: int = 0
     duplicated: int = 0
 
+    def recovered(self, role: str, seconds: float) -> None:
+        """Counts one kill of `role`."""
+        self.recovery_s.setdefault(role, []).append(seconds)
+        print(f"{role}: {seconds:.1f} s", flush=True)
+
     def lines(self) -> list[str]:
         """One line a role, then the ledger."""
         made = [
-            f"{role:24} {self.kills[role]:4} kills, recovery median "
+            f"{role:24} {len(times):4} kills, recovery median "
             f"{statistics.median(times):5.1f} s, worst {max(times):5.1f} s"
             for role, times in sorted(self.recovery_s.items())
         ]
@@ -172,9 +175,7 @@ def chaos(directory: Path, roles: list[str], *, seed: int) -> Report:
             started = time.monotonic()
             if run.kill(role):
                 run.wait_for_progress(2)
-                report.kills[role] += 1
-                report.recovery_s[role].append(time.monotonic() - started)
-                print(f"{role}: {report.recovery_s[role][-1]:.1f} s", flush=True)
+                report.recovered(role, time.monotonic() - started)
         while not run.finished:
             run.wait_for_progress(1)
     finally:
@@ -222,9 +223,7 @@ def shared_chaos(directory: Path, names: Sequence[str], kills: int) -> dict[str,
             cluster.kill_node()
             for run, report in both:
                 run.wait_for_progress(2)
-                report.kills["ray node"] += 1
-                report.recovery_s["ray node"].append(time.monotonic() - started)
-                print(f"ray node: {report.recovery_s['ray node'][-1]:.1f} s", flush=True)
+                report.recovered("ray node", time.monotonic() - started)
         for run in cluster.runs:
             while not run.finished:
                 run.wait_for_progress(1)
