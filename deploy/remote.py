@@ -14,6 +14,7 @@ import asyncio
 import logging
 import re
 import shlex
+import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,5 +125,20 @@ class Remote:
             raise RemoteError(f"job {job} at {self.address} {status.lower()}: {message[-300:]}")
 
     async def _print_logs(self, job: str) -> None:
+        """Until the job ends. Ctrl-C is waited for here, because asyncio's own way, which is to
+        cancel, was seen to be lost in what reads from the network."""
+        interrupted = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted.set)
+        printing = asyncio.create_task(self._print(job))
+        asked = asyncio.create_task(interrupted.wait())
+        await asyncio.wait({printing, asked}, return_when=asyncio.FIRST_COMPLETED)
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+        asked.cancel()
+        if not printing.done():
+            printing.cancel()
+            raise KeyboardInterrupt
+        printing.result()
+
+    async def _print(self, job: str) -> None:
         async for lines in self._client.tail_job_logs(job):
             print(_PREAMBLE.sub("", lines), end="", flush=True)

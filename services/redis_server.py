@@ -116,6 +116,7 @@ class EmbeddedRedis:
                 self._process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:  # stopped, or its disk does not answer
                 self._process.kill()
+                self._process.wait(START_TIMEOUT_S)
         (self.directory / "url").unlink(missing_ok=True)
         shutil.rmtree(self._socket_dir, ignore_errors=True)
 
