@@ -25,6 +25,7 @@ from services.config import EngineConfig, RedisConfig
 from services.engines import choose
 from services.redis_server import EmbeddedRedis, RedisUnavailable, examine, resolve_url
 from trainer.loop import checkpoints_of
+from trainer.storage import without_keys
 from verifier.code_tests import CodeJudge
 from verifier.config import CodeConfig
 from verifier.confined import SandboxRefused
@@ -169,6 +170,7 @@ def _disks(config: RunConfig | None) -> Iterator[Finding]:
 
 def _storage(config: RunConfig) -> Finding:
     what, mark = "checkpoint storage", uuid.uuid4().hex
+    where = without_keys(config.trainer.checkpoint.storage or "")
     try:
         storage = checkpoints_of(config.trainer.checkpoint, Path(f"doctor-{mark}"))
         storage.adapter().mkdir("")
@@ -176,7 +178,7 @@ def _storage(config: RunConfig) -> Finding:
         came_back = storage.read("mark").decode()
         storage.delete("")
     except OSError as error:
-        return Finding(what, f"{config.trainer.checkpoint.storage}: {error}", "fault")
+        return Finding(what, f"{where}: {error}", "fault")
     if came_back != mark:
         return Finding(what, f"{storage.where} gives back other bytes than it was given", "fault")
     return Finding(what, f"a file went to {storage.where} and came back")

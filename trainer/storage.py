@@ -35,7 +35,7 @@ class Storage:
 
     def __init__(self, where: str | Path, below: str = "") -> None:
         self._files, self._root = _resolve(str(where))
-        self.where = re.sub("//[^/]*@", "//", str(where).partition("?")[0]).rstrip("/")
+        self.where = without_keys(str(where))
         """For people: without what a URL says of keys and endpoints."""
         if below:
             self._root, self.where = f"{self._root}/{below}", f"{self.where}/{below}"
@@ -108,6 +108,11 @@ class Storage:
         start = len(self._at(directory).rstrip("/")) + 1
         where = fs.FileSelector(self._at(directory), allow_not_found=True, recursive=True)
         return {info.path[start:]: info for info in self._files.get_file_info(where)}
+
+
+def without_keys(where: str) -> str:
+    """A path or URL for people: without what a URL says of keys and endpoints."""
+    return re.sub("//[^/]*@", "//", where.partition("?")[0]).rstrip("/")
 
 
 class _Files(FileSystemBase):

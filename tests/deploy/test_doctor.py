@@ -50,6 +50,14 @@ def test_a_file_goes_to_the_storage_and_back(tmp_path: Path, place: str, verdict
     assert not storage.exists() or not list(storage.iterdir())
 
 
+@pytest.mark.slow  # pyarrow asks an S3 that is not there for ten seconds
+def test_no_key_of_a_storage_url_is_shown() -> None:
+    url = "s3://id:secret@bucket/runs?endpoint_override=127.0.0.1:1&scheme=http"
+    (found,) = findings(config(f"trainer.checkpoint.storage={url}"), "checkpoint storage")
+    assert found.verdict == "fault"
+    assert found.said.startswith("s3://bucket/runs: ") and "secret" not in found.said
+
+
 def test_gpus_that_are_not_there_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
