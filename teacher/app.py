@@ -135,6 +135,11 @@ class _Service:
         except ClientDisconnect:
             self.metrics.cancelled.inc()
             return Response(status_code=GONE)
+        except asyncio.CancelledError:
+            # Serve tells a replica in two ways that the caller is gone: by a message, and by
+            # cancelling the call. Either may come first.
+            self.metrics.cancelled.inc()
+            raise
         self.metrics.read.labels(teacher.card.id).inc(query.tokens)
         scored = sum(len(score.logprobs) for score in scores)
         self.metrics.scored.labels(teacher.card.id).inc(scored)

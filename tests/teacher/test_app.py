@@ -362,6 +362,22 @@ async def test_a_caller_that_goes_away_frees_its_place(scorer: FakeScorer) -> No
             )
 
 
+async def test_a_call_that_the_server_cancels_is_counted_as_one_whose_caller_went_away(
+    scorer: FakeScorer,
+) -> None:
+    scorer.held = asyncio.Event()
+    body = {"sequences": [{"prompt": [1], "completion": [2]}]}
+    async with _in_memory(scorer) as client:  # its app runs in the task of the call
+        asked = asyncio.create_task(client.post("/v1/score", json=body))
+        await until(lambda: len(scorer.calls) == 1)
+        asked.cancel()
+        await until(lambda: scorer.cancelled == 1)
+        await asyncio.wait({asked})
+        told = (await client.get("/metrics")).text
+    assert "scope_teacher_cancelled_requests_total 1.0" in told
+    assert "scope_teacher_held_requests 0.0" in told
+
+
 async def test_ready_and_metrics_tell_how_it_goes(scorer: FakeScorer) -> None:
     async with _in_memory(scorer, ["key"]) as client:
         assert (await client.get("/ready")).status_code == 200
