@@ -49,8 +49,13 @@ _TURNED_AWAY = 1024  # requests that a replica may be refusing at once
 
 
 # What Serve reads from the environment of a Ray that starts. It gives a dead proxy up after three
-# failed checks: at its own 10 s between two, every group would wait for half a minute.
-ENVIRONMENT: Mapping[str, str] = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2"}
+# failed checks: at its own 10 s between two, every group would wait for half a minute. And it gives
+# a proxy that is starting three times 5 s: on a busy machine its imports alone take longer, and the
+# run would fail before it began. A proxy that died is still noticed at once.
+ENVIRONMENT: Mapping[str, str] = {
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
+}
 
 
 class TeacherFailed(RuntimeError):

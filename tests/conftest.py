@@ -110,6 +110,9 @@ def ray_cluster() -> Iterator[None]:
     import ray
     from ray import serve
 
+    from teacher.serve import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT | os.environ)
     # Replicas come and go within seconds of what calls for them, rather than tens of them.
     os.environ.setdefault("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
     ray.init("local", num_cpus=2, include_dashboard=False)

@@ -9,8 +9,10 @@ set -eu
 SCOPE_HOME="${SCOPE_HOME:-$HOME/scope}"
 PATH="$SCOPE_HOME/.venv/bin:$PATH"
 RAY_AUTH_MODE=token # with the token in ~/.ray/auth_token
-RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=2 # as teacher/serve.py says
-export SCOPE_HOME PATH RAY_AUTH_MODE RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S
+RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=2 # as teacher/serve.py says, both
+RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S=20
+export SCOPE_HOME PATH RAY_AUTH_MODE
+export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S
 
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 

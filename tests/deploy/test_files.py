@@ -10,6 +10,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from teacher.serve import ENVIRONMENT
 from tests.deploy.conftest import ROOT
 
 CLUSTERS = sorted((ROOT / "deploy/clusters").glob("*.yaml"))
@@ -26,6 +27,13 @@ def test_ray_up_accepts_it(file: Path) -> None:
     (start,) = config["head_start_ray_commands"]
     assert start.endswith(f"{node} head")
     assert config["worker_start_ray_commands"] == [f"{node} worker $RAY_HEAD_IP"]
+
+
+@pytest.mark.parametrize("file", ["clusters/node.sh", "docker/Dockerfile"])
+def test_whatever_starts_ray_tells_serve_the_same(file: str) -> None:
+    words = (ROOT / "deploy" / file).read_text().split()
+    for name, value in ENVIRONMENT.items():
+        assert f"{name}={value}" in words
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
