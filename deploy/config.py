@@ -35,6 +35,11 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; one sentence a problem."""
 
 
+def called(teacher: str) -> str:
+    """A teacher in words."""
+    return "teacher" if teacher == DEFAULT_TEACHER else f"teacher {teacher}"
+
+
 class EvaluationConfig(Config):
     """Held-out accuracy, measured on the run's own workers before and after training, and
     meanwhile."""

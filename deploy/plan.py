@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table
 
-from deploy.config import ConfigError, RunConfig
-from deploy.rates import Rates, learned_per_trajectory, teacher_of
+from deploy.config import ConfigError, RunConfig, called
+from deploy.rates import Rates, Work, needs_mixed, teachers_of, work_of
+from teacher.config import TeacherModel
 from trainer.objectives import objective
 
 IntArray: TypeAlias = NDArray[Any]
@@ -43,17 +44,14 @@ _SPARE = 1.001  # a split that is so much slower on fewer GPUs is as good
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one step asks of each stage."""
+class Team:
+    """The replicas of each teacher that is asked."""
 
-    sampled_tokens: float
-    verdicts: float
-    scored_tokens: float
-    """Prompts and completions that the teacher reads."""
-    learned_tokens: float
-    """Prompts and completions through forward and backward, or their worth."""
-    trained_tokens: float
-    """Completions alone, as `tokens/trained` counts."""
+    replicas: tuple[int, ...]
+    gpus: float
+    token_s: float
+    """Seconds a scored token, wherever it goes: the teachers work side by side, each on its share,
+    so that of the one that takes longest. 0 where there is nothing to score."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Units:
 
     rollout: int
     verifier: int
-    teacher: int
+    teachers: tuple[int, ...]
     learner: int
 
 
@@ -90,40 +88,11 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def work_of(config: RunConfig, rates: Rates) -> Work:
-    """What a step of `config` asks, if its trajectories are like those that were measured.
-
-    Raises:
-        ConfigError: the rates are of other samples.
-    """
-    chosen, load = objective(config.trainer.objective), rates.workload
-    if chosen.sampler != rates.sampler:
-        raise ConfigError(
-            f"{config.trainer.objective.kind} samples from the {chosen.sampler} and the rates are "
-            f"of samples from the {rates.sampler}: measure with the same objective"
-        )
-    trajectories = config.trainer.groups_per_step * config.sampling.n
-    known = load.correct + load.incorrect
-    incorrect_tokens = load.incorrect_tokens or load.completion_tokens
-    scored = {
-        "none": 0.0,
-        "incorrect": load.incorrect * (load.prompt_tokens + incorrect_tokens),
-        "all": known * (load.prompt_tokens + load.completion_tokens),
-    }[chosen.teacher]
-    return Work(
-        sampled_tokens=trajectories * load.completion_tokens,
-        verdicts=trajectories,
-        scored_tokens=trajectories * scored,
-        learned_tokens=trajectories * learned_per_trajectory(config, load),
-        trained_tokens=trajectories * known * load.completion_tokens,
-    )
-
-
 def as_configured(config: RunConfig) -> Units:
     """The units that the config asks for."""
     return Units(
-        config.rollout.workers, config.verifier.workers, teacher_of(config).replicas,
-        config.trainer.ranks,
+        config.rollout.workers, config.verifier.workers,
+        tuple(one.least_replicas for one in teachers_of(config).values()), config.trainer.ranks,
     )  # fmt: skip
 
 
@@ -135,7 +104,7 @@ def make(config: RunConfig, rates: Rates, *, gpus: int | None = None, cores: flo
         ConfigError: a rate is missing or of other hardware, or the roles do not fit.
     """
     notes = _notes(config, rates)
-    if not any(_gpus(config).values()):
+    if not any([*_gpus(config).values(), *_teacher_gpus(teachers_of(config))]):
         if gpus is not None:
             raise ConfigError("no role of this config reserves a GPU: leave --gpus out")
         return _shared(config, rates, cores, notes)
@@ -144,13 +113,15 @@ def make(config: RunConfig, rates: Rates, *, gpus: int | None = None, cores: flo
         raise _missing("verifier")
     cluster = _Cluster(config, rates)
     units = as_configured(config) if gpus is None else _best(config, cluster, gpus)
-    judging = cluster.work(units.learner).verdicts / rates.verifier.verdicts_per_s
-    seconds = {
-        **cluster.seconds(units.rollout, units.teacher, units.learner),
-        "verifier": judging / units.verifier,
-    }
     work = cluster.work(units.learner)
-    return _plan(config, work, units, {role: float(seconds[role]) for role in ROLES}, notes, rates)
+    token_s = cluster.team(units.teachers).token_s
+    seconds = {
+        **cluster.seconds(units.rollout, token_s, units.learner),
+        "verifier": work.verdicts / rates.verifier.verdicts_per_s / units.verifier,
+    }
+    each = [work.scored_tokens * own for own in cluster.token_seconds(units.teachers)]
+    times = {role: float(seconds[role]) for role in ROLES}
+    return _plan(config, work, _lines(config, units, times, each), times, notes, rates)
 
 
 # ------------------------------------------------------------------------------------- on GPUs
@@ -161,6 +132,7 @@ class _Cluster:
 
     def __init__(self, config: RunConfig, rates: Rates) -> None:
         self.rates = rates
+        self._teachers = teachers_of(config)
         self.steps = config.trainer.max_staleness + 1
         # A prompt goes to one engine: more engines than prompts under way have nothing to do.
         self._most = config.trainer.groups_per_step * self.steps
@@ -171,8 +143,42 @@ class _Cluster:
         """What a step asks of so many ranks."""
         return self._works[ranks > 1]
 
-    def seconds(self, rollout: Count, teacher: Count, learner: int) -> dict[str, Any]:
-        """Of a step, for each role that needs GPUs; counts may be arrays."""
+    def token_seconds(self, replicas: Sequence[int]) -> list[float]:
+        """Of each teacher for a scored token: for the share of it that goes there."""
+        if not self.work(1).scored_tokens:
+            return [0.0] * len(replicas)
+        rates = [self.rates.teachers[name] for name in self._teachers]
+        return [
+            rate.share / (rate.tokens_per_s * count)
+            for rate, count in zip(rates, replicas, strict=True)
+        ]
+
+    def team(self, replicas: tuple[int, ...]) -> Team:
+        """That of so many replicas of each teacher."""
+        each = _teacher_gpus(self._teachers)
+        gpus = sum(own * count for own, count in zip(each, replicas, strict=True))
+        return Team(replicas, gpus, max(self.token_seconds(replicas), default=0.0))
+
+    def teams(self, fixed: tuple[int, ...], gpus: float) -> list[Team]:
+        """All that are worth it on so many GPUs: with one replica more of the teacher that takes
+        longest, again and again. `fixed` where no other is of use."""
+        each = _teacher_gpus(self._teachers)
+        if not self.work(1).scored_tokens or not any(each):
+            return [self.team(fixed)]
+        # Of what others serve there are as many as there are.
+        replicas = [1 if own else count for own, count in zip(each, fixed, strict=True)]
+        found = [self.team(tuple(replicas))]
+        while True:
+            times = self.token_seconds(replicas)
+            slowest = times.index(max(times))
+            if not each[slowest] or found[-1].gpus + each[slowest] > gpus + 1e-9:
+                return found
+            replicas[slowest] += 1
+            found.append(self.team(tuple(replicas)))
+
+    def seconds(self, rollout: Count, token_s: Any, learner: int) -> dict[str, Any]:
+        """Of a step, for each role that needs GPUs, with a team of `token_s`; it and the count
+        may be arrays."""
         rates, work = self.rates, self.work(learner)
         assert rates.rollout and rates.learner
         sampling = work.sampled_tokens / (
@@ -181,28 +187,24 @@ class _Cluster:
         if rates.rollout.token_s and rates.workload.longest_tokens:
             alone = rates.workload.longest_tokens * rates.rollout.token_s
             sampling = np.maximum(sampling, alone)
-        scoring: Any = 0.0 * sampling
-        if work.scored_tokens:
-            assert rates.teacher
-            scoring = work.scored_tokens / (rates.teacher.tokens_per_s * teacher)
         learning = work.learned_tokens / (rates.learner.tokens_per_s * learner)
         return {
             "rollout": sampling,
-            "teacher": scoring,
+            "teacher": work.scored_tokens * token_s + 0.0 * sampling,
             "learner": learning + rates.learner.step_s,
         }
 
-    def step_s(self, rollout: Count, teacher: Count, learner: int) -> Any:
+    def step_s(self, rollout: Count, token_s: Any, learner: int) -> Any:
         """Seconds a step, with as many verifiers as keep judging well below the slowest."""
-        sampling, scoring, learning = self.seconds(rollout, teacher, learner).values()
+        sampling, scoring, learning = self.seconds(rollout, token_s, learner).values()
         slowest = np.maximum(np.maximum(sampling, scoring), learning)
         together = sampling + scoring + learning + _VERIFIER_SHARE * slowest
         return np.maximum(slowest, together / self.steps)
 
-    def judges(self, rollout: int, teacher: int, learner: int) -> int:
+    def judges(self, rollout: int, token_s: float, learner: int) -> int:
         """How many verifiers that takes."""
         assert self.rates.verifier
-        slowest = float(max(self.seconds(rollout, teacher, learner).values()))
+        slowest = float(max(self.seconds(rollout, token_s, learner).values()))
         one = self.work(learner).verdicts / self.rates.verifier.verdicts_per_s
         return math.ceil(one / (_VERIFIER_SHARE * slowest))
 
@@ -212,7 +214,11 @@ def _best(config: RunConfig, cluster: _Cluster, gpus: int) -> Units:
     found = _fastest(config, cluster, gpus)
     if found is None:
         each = _gpus(config)
-        parts = ", ".join(f"{name} {each[name]:g}" for name in ROLES if each[name])
+        teachers = teachers_of(config)
+        each |= {
+            called(name): own for name, own in zip(teachers, _teacher_gpus(teachers), strict=True)
+        }
+        parts = ", ".join(f"{name} {own:g}" for name, own in each.items() if own)
         raise ConfigError(f"{gpus} GPUs are fewer than one of each role asks for: {parts}")
     enough = found[0] * _SPARE
     # The more GPUs the faster, or as fast: so the fewest that will do are found by bisection.
@@ -223,37 +229,41 @@ def _best(config: RunConfig, cluster: _Cluster, gpus: int) -> Units:
     )
     found = _fastest(config, cluster, fewest + 1)
     assert found is not None
-    _, engines, replicas, ranks = found
-    return Units(engines, cluster.judges(engines, replicas, ranks), replicas, ranks)
+    _, engines, ranks, team = found
+    return Units(engines, cluster.judges(engines, team.token_s, ranks), team.replicas, ranks)
 
 
-def _fastest(config: RunConfig, cluster: _Cluster, gpus: int) -> tuple[float, int, int, int] | None:
-    """Seconds a step, engines, replicas and ranks; None where not one of each has room."""
+def _fastest(
+    config: RunConfig, cluster: _Cluster, gpus: int
+) -> tuple[float, int, int, Team] | None:
+    """Seconds a step, engines, ranks and teachers; None where not one of each has room."""
+    teams = cluster.teams(as_configured(config).teachers, gpus)
+    taken, token_s = (np.array([getattr(t, name) for t in teams]) for name in ("gpus", "token_s"))
     return min(
         (
-            (float(times[place]), int(engines[place]), int(replicas[place]), ranks)
-            for engines, replicas, ranks in _splits(config, gpus)
-            for times in [cluster.step_s(engines, replicas, ranks)]
+            (float(times[place]), int(engines[place]), ranks, teams[which[place]])
+            for engines, which, ranks in _splits(config, gpus, taken)
+            for times in [cluster.step_s(engines, token_s[which], ranks)]
             for place in [int(np.argmin(times))]
         ),
         default=None,
+        key=lambda split: split[:3],
     )
 
 
-def _splits(config: RunConfig, gpus: int) -> Iterator[tuple[IntArray, IntArray, int]]:
-    """For every number of ranks, engines and replicas that fill the GPUs."""
-    scores, each = objective(config.trainer.objective).teacher != "none", _gpus(config)
-    teacher, learner, rollout = each["teacher"], each["learner"], each["rollout"]
-    fixed = as_configured(config)
+def _splits(
+    config: RunConfig, gpus: int, teams: IntArray
+) -> Iterator[tuple[IntArray, IntArray, int]]:
+    """For every number of ranks, engines and the places of `teams` (by their GPUs) that fill the
+    GPUs."""
+    each, fixed = _gpus(config), as_configured(config)
+    learner, rollout = each["learner"], each["rollout"]
     for ranks in range(1, _fit(gpus, learner) + 1) if learner else (fixed.learner,):
-        left = gpus - ranks * learner
-        varies = teacher and scores
-        replicas = np.arange(1, _fit(left, teacher) + 1) if varies else np.array([fixed.teacher])
-        rest = left - replicas * teacher
+        rest = gpus - ranks * learner - teams
         engines = np.floor(rest / rollout + 1e-9) if rollout else 0 * rest + fixed.rollout
         fits = (engines >= 1) & (rest >= -1e-9)
         if fits.any():
-            yield engines[fits], replicas[fits], ranks
+            yield engines[fits], np.flatnonzero(fits), ranks
 
 
 def _fit(gpus: float, each: float) -> int:
@@ -261,13 +271,17 @@ def _fit(gpus: float, each: float) -> int:
 
 
 def _gpus(config: RunConfig) -> dict[str, float]:
-    """Of one unit of each role."""
+    """Of one unit of each role but the teachers."""
     return {
         "rollout": config.rollout.resources.gpus,
         "verifier": config.verifier.resources.gpus,
-        "teacher": 0.0 if teacher_of(config).endpoints else teacher_of(config).resources.gpus,
         "learner": config.trainer.resources.gpus,
     }
+
+
+def _teacher_gpus(teachers: Mapping[str, TeacherModel]) -> list[float]:
+    """Of one replica of each; none of what others serve."""
+    return [0.0 if one.endpoints else one.resources.gpus for one in teachers.values()]
 
 
 def _with_ranks(config: RunConfig, ranks: int) -> RunConfig:
@@ -282,11 +296,12 @@ def _shared(config: RunConfig, rates: Rates, cores: float, notes: list[str]) -> 
     """All roles on the cores of one machine."""
     if (cpu := rates.cpu) is None:
         raise _missing("cpu")
-    work, units = work_of(config, rates), as_configured(config)
+    work, units, teachers = work_of(config, rates), as_configured(config), teachers_of(config)
     scoring = 0.0
     if work.scored_tokens:
         if cpu.teacher_token_s is None:
             raise _missing("teacher")
+        _check_names(teachers, rates)
         scoring = work.scored_tokens * cpu.teacher_token_s
     used = {
         "rollout": work.sampled_tokens * cpu.rollout_token_s,
@@ -297,17 +312,41 @@ def _shared(config: RunConfig, rates: Rates, cores: float, notes: list[str]) -> 
     threads = {
         "rollout": units.rollout * (config.rollout.torch_threads or cores),
         "verifier": units.verifier * config.verifier.judges,
-        "teacher": units.teacher * max(1, int(teacher_of(config).resources.cpus)),
+        "teacher": sum(
+            count * max(1, int(one.resources.cpus))
+            for count, one in zip(units.teachers, teachers.values(), strict=True)
+        ),
         "learner": units.learner * (config.trainer.torch_threads or cores),
     }
-    seconds = {role: used[role] / min(threads[role], cores) for role in ROLES}
+    seconds = {role: used[role] / (min(threads[role], cores) or 1) for role in ROLES}
     free = cores - cpu.other_cores
     if free <= 0:
         raise ConfigError(f"driver, Redis and Ray alone take {cpu.other_cores:.2g} of the cores")
-    return _plan(config, work, units, seconds, notes, rates, least=sum(used.values()) / free)
+    # Whose process is which teacher's is not known: all of them are one line.
+    lines = _lines(config, units, seconds, [])
+    return _plan(config, work, lines, seconds, notes, rates, least=sum(used.values()) / free)
 
 
 # -------------------------------------------------------------------------------------- both
+
+
+Line: TypeAlias = tuple[str, int, float, float]
+"""Role, units, GPUs of one and seconds of a step."""
+
+
+def _lines(
+    config: RunConfig, units: Units, seconds: dict[str, float], teachers: list[float]
+) -> list[Line]:
+    """A line for each role. Where there are several teachers and the time of each is known, one
+    for each of them."""
+    named, gpus = teachers_of(config), _gpus(config)
+    each = _teacher_gpus(named)
+    if len(teachers) > 1:
+        scoring = [*zip(map(called, named), units.teachers, each, teachers, strict=True)]
+    else:
+        scoring = [("teacher", sum(units.teachers), max(each, default=0.0), seconds["teacher"])]
+    lines = {role: (role, getattr(units, role), gpus[role], seconds[role]) for role in gpus}
+    return [lines["rollout"], lines["verifier"], *scoring, lines["learner"]]
 
 
 def _period(seconds: dict[str, float], steps: int) -> float:
@@ -315,8 +354,8 @@ def _period(seconds: dict[str, float], steps: int) -> float:
 
 
 def _plan(
-    config: RunConfig, work: Work, units: Units, seconds: dict[str, float], notes: list[str],
-    rates: Rates, least: float = 0.0,
+    config: RunConfig, work: Work, lines: list[Line], seconds: dict[str, float],
+    notes: list[str], rates: Rates, least: float = 0.0,
 ) -> Plan:  # fmt: skip
     steps = config.trainer.max_staleness + 1
     slowest = max(seconds, key=lambda role: seconds[role])
@@ -331,12 +370,9 @@ def _plan(
         )
     else:
         limit = slowest
-    gpus = _gpus(config)
     roles = tuple(
-        Role(role, (count := getattr(units, role)), count * gpus[role], seconds[role],
-             seconds[role] / step_s)
-        for role in ROLES
-    )  # fmt: skip
+        Role(name, count, count * each, own_s, own_s / step_s) for name, count, each, own_s in lines
+    )
     return Plan(
         step_s=step_s,
         steps_per_hour=3600 / step_s,
@@ -350,28 +386,61 @@ def _plan(
 
 def _check_rates(config: RunConfig, rates: Rates) -> None:
     """Every role that works has a rate, of engines as large as the config's."""
-    scores = objective(config.trainer.objective).teacher != "none"
-    for role, gpus in _gpus(config).items():
-        if role == "verifier" or (role == "teacher" and not scores):
-            continue
-        rate = getattr(rates, role)
-        if rate is None:
+    for role in ("rollout", "learner"):
+        if (rate := getattr(rates, role)) is None:
             raise _missing(role)
-        if rate.gpus != gpus and not (role == "teacher" and teacher_of(config).endpoints):
-            raise ConfigError(
-                f"the rate of {role} was measured with {rate.gpus:g} GPUs and the config gives "
-                f"each {gpus:g}: measure that with {_MEASURES[role]}"
-            )
+        _check_size(role, role, rate.gpus, _gpus(config)[role])
+    if not work_of(config, rates).scored_tokens:
+        return
+    teachers = teachers_of(config)
+    _check_names(teachers, rates)
+    for name, one in teachers.items():
+        if name not in rates.teachers:
+            raise _missing("teacher", called(name))
+        if not one.endpoints:
+            measured = rates.teachers[name].gpus
+            _check_size("teacher", called(name), measured, one.resources.gpus)
 
 
-def _missing(role: str) -> ConfigError:
-    what = "processor seconds" if role == "cpu" else f"rate of the {role}"
+def _check_size(role: str, name: str, measured: float, gpus: float) -> None:
+    if measured != gpus:
+        raise ConfigError(
+            f"the rate of {name} was measured with {measured:g} GPUs and the config gives "
+            f"each {gpus:g}: measure that with {_MEASURES[role]}"
+        )
+
+
+def _check_names(teachers: Mapping[str, TeacherModel], rates: Rates) -> None:
+    """Shares are of all teachers that were measured: of others they would be wrong."""
+    gone = [called(name) for name in rates.teachers if name not in teachers]
+    if gone:
+        raise ConfigError(
+            f"the rates are also of {', '.join(gone)}, which this config does not have: measure "
+            f"with the teachers that it has"
+        )
+
+
+def _missing(role: str, name: str | None = None) -> ConfigError:
+    what = "processor seconds" if role == "cpu" else f"rate of the {name or role}"
     return ConfigError(f"there is no {what}: {_MEASURES[role]} measures it")
 
 
 def _notes(config: RunConfig, rates: Rates) -> list[str]:
     """What the reader must know to believe it."""
-    load, found = rates.workload, []
+    load, found = rates.workload, list[str]()
+    if needs_mixed(config) and load.mixed is None:
+        found.append(
+            f"{config.trainer.objective.kind} learns only from groups with correct and incorrect "
+            f"answers, and workload.mixed, their fraction, was not measured: the learner's time "
+            f"is as though all were such"
+        )
+    if objective(config.trainer.objective).teacher == "incorrect" and not load.incorrect:
+        found.append(
+            "no answer was incorrect when the rates were measured: the teacher is taken to have "
+            "nothing to do"
+        )
+    if any(one.autoscale for one in teachers_of(config).values()):
+        found.append("a teacher that scales itself (autoscale) counts with its fewest replicas")
     if load.longest_tokens and load.longest_tokens > config.sampling.max_tokens:
         found.append(
             f"answers of up to {load.longest_tokens:,.0f} tokens were measured and "

@@ -12,8 +12,8 @@ from typing import ParamSpec, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from deploy.config import ConfigError, RunConfig
-from deploy.teachers import called, identify
+from deploy.config import ConfigError, RunConfig, called
+from deploy.teachers import identify
 from rollout.config import DataConfig, SamplingConfig
 from rollout.engine import check_engine
 from rollout.prompts import DataError, PromptSource, Route, load_rows, to_default

@@ -7,19 +7,22 @@ its place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from pydantic import Field, model_validator
 
 from deploy.config import ConfigError, RunConfig, load
-from services.config import Config
+from services.config import DEFAULT_TEACHER, Config
 from services.metrics import read
-from teacher.config import TeacherConfig
-from trainer.objectives import objective
+from teacher.config import TeacherModel
+from trainer.objectives import SequenceStats, entering, objective
 
 Records: TypeAlias = Sequence[dict[str, Any]]
 
@@ -40,12 +43,27 @@ class Workload(Config):
     incorrect: float = Field(ge=0, le=1)
     incorrect_tokens: float | None = Field(default=None, gt=0)
     """Of an incorrect completion; None takes `completion_tokens`."""
+    mixed: float | None = Field(default=None, ge=0, le=1)
+    """Of the tokens with a verdict, the fraction in groups with correct and incorrect answers."""
 
     @model_validator(mode="after")
     def _fractions(self) -> Workload:
         if self.correct + self.incorrect > 1 + 1e-6:
             raise ValueError("correct and incorrect are together more than 1")
         return self
+
+    @property
+    def tokens_if_correct(self) -> float:
+        """Of a correct completion: what the incorrect ones leave of the mean."""
+        if not self.correct or self.incorrect_tokens is None:
+            return self.completion_tokens
+        known = (self.correct + self.incorrect) * self.completion_tokens
+        return max(0.0, known - self.incorrect * self.incorrect_tokens) / self.correct
+
+    @property
+    def tokens_if_incorrect(self) -> float:
+        """Of an incorrect completion."""
+        return self.incorrect_tokens or self.completion_tokens
 
 
 class RolloutRate(Config):
@@ -63,6 +81,8 @@ class TeacherRate(Config):
 
     tokens_per_s: float = Field(gt=0)
     gpus: float = Field(default=1.0, ge=0)
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Of the tokens that are scored, where there are several teachers."""
 
 
 class LearnerRate(Config):
@@ -100,15 +120,32 @@ class Rates(Config):
     rollout: RolloutRate | None = None
     verifier: VerifierRate | None = None
     teacher: TeacherRate | None = None
+    other_teachers: dict[str, TeacherRate] = Field(default_factory=dict)
+    """By their names in `teacher.others`."""
     learner: LearnerRate | None = None
     cpu: CpuRate | None = None
     sampler: str = "student"
     """Who sampled: `student`, or with kd the `teacher`."""
 
+    @model_validator(mode="after")
+    def _shares(self) -> Rates:
+        total = sum(rate.share for rate in self.teachers.values())
+        if self.teachers and abs(total - 1) > 0.01:
+            raise ValueError(f"the shares of the teachers add up to {total:g}, not to 1")
+        return self
 
-def teacher_of(config: RunConfig) -> TeacherConfig:
-    """The config's first teacher; where it has none, one that nobody asks."""
-    return config.teacher or TeacherConfig(model="none")
+    @property
+    def teachers(self) -> dict[str, TeacherRate]:
+        """Of every teacher that was measured, by its name."""
+        first = {DEFAULT_TEACHER: self.teacher} if self.teacher else {}
+        return first | self.other_teachers
+
+
+def teachers_of(config: RunConfig) -> dict[str, TeacherModel]:
+    """The teachers that the objective has score, by their names."""
+    if config.teacher is None or objective(config.trainer.objective).teacher == "none":
+        return {}
+    return config.teacher.named
 
 
 def of_run(run_dir: Path) -> Rates:
@@ -129,22 +166,22 @@ def of_run(run_dir: Path) -> Rates:
 
 def of_records(config: RunConfig, records: Records, *, about: str) -> Rates:
     """The rates between the first and the last of `records`."""
-    later = records[1:]
+    later, correct = records[1:], _mean(records[1:], "reward/accuracy")
     workload = Workload(
         prompt_tokens=_mean(later, "prompt_length/mean"),
         completion_tokens=_mean(later, "response_length/mean"),
         longest_tokens=_mean(later, "response_length/max"),
-        correct=_mean(later, "reward/accuracy"),
-        incorrect=1 - _mean(later, "reward/accuracy") - _mean(later, "scope/unknown_fraction"),
-        incorrect_tokens=_mean(later, "response_length/incorrect_mean"),
+        correct=correct,
+        incorrect=max(0.0, 1 - correct - _mean(later, "scope/unknown_fraction")),
+        incorrect_tokens=_incorrect_tokens(later),
+        mixed=_mean(later, "batch/mixed_token_fraction"),
     )
     sampled, sampling_s = (
         _grown(records, f"rollout/{n}") for n in ("sampled_tokens", "sampling_s")
     )
     verdicts, judging_s = (_grown(records, f"verifier/{n}") for n in ("verdicts", "judging_s"))
-    scored, asking_s = (_grown(records, f"teacher/{n}") for n in ("tokens", "asking_s"))
-    asking_s /= max(1.0, _mean(later, "teacher/workers"))  # each waits for the same replicas
-    teacher, engine = teacher_of(config), config.rollout.resources
+    scored, engine = _grown(records, "teacher/tokens"), config.rollout.resources
+    teachers = _teachers(config, records)
     learned = _learned_tokens(config, later, workload)
     learning_s = sum(_total(later, name) for name in _LEARNING)
     return Rates(
@@ -156,11 +193,8 @@ def of_records(config: RunConfig, records: Records, *, about: str) -> Rates:
         verifier=VerifierRate(verdicts_per_s=verdicts / judging_s)
         if verdicts and judging_s
         else None,
-        teacher=TeacherRate(
-            tokens_per_s=scored / asking_s / teacher.replicas, gpus=teacher.resources.gpus
-        )
-        if scored and asking_s
-        else None,
+        teacher=teachers.pop(DEFAULT_TEACHER, None),
+        other_teachers=teachers,
         learner=LearnerRate(
             tokens_per_s=learned / learning_s / config.trainer.ranks,
             step_s=_own_s(later) / len(later),
@@ -179,17 +213,114 @@ def perplexity_apart(config: RunConfig, workload: Workload) -> bool:
     return apart and objective(config.trainer.objective).student_perplexity
 
 
-def learned_per_trajectory(config: RunConfig, workload: Workload) -> float:
-    """Tokens through forward and backward, or their worth: a forward alone costs a third."""
-    passes = workload.correct + workload.incorrect
-    if perplexity_apart(config, workload):
-        passes += workload.correct / 3
-    return passes * (workload.prompt_tokens + workload.completion_tokens)
+class Learned(NamedTuple):
+    """Of one trajectory, on average."""
+
+    tokens: float
+    """Prompt and completion through forward and backward, or their worth."""
+    trained: float
+    """Completions alone, as `tokens/trained` counts."""
+
+
+def learned_of(config: RunConfig, load: Workload) -> Learned:
+    """What the objective has computed of a trajectory: nothing of one that enters no loss. A
+    forward alone costs a third."""
+    correct, incorrect = (
+        f * of for f, of in zip(_enter(config, load), (load.correct, load.incorrect), strict=True)
+    )
+    trained = correct * load.tokens_if_correct + incorrect * load.tokens_if_incorrect
+    tokens = trained + (correct + incorrect) * load.prompt_tokens
+    if perplexity_apart(config, load):
+        tokens += load.correct * (load.prompt_tokens + load.tokens_if_correct) / 3
+    return Learned(tokens, trained)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step asks of each stage."""
+
+    sampled_tokens: float
+    verdicts: float
+    scored_tokens: float
+    """Prompts and completions that the teacher reads."""
+    learned_tokens: float
+    """Prompts and completions through forward and backward, or their worth."""
+    trained_tokens: float
+    """Completions alone, as `tokens/trained` counts."""
+
+
+def work_of(config: RunConfig, rates: Rates) -> Work:
+    """What a step of `config` asks, if its trajectories are like those that were measured.
+
+    Raises:
+        ConfigError: the rates are of other samples.
+    """
+    chosen, load = objective(config.trainer.objective), rates.workload
+    if chosen.sampler != rates.sampler:
+        raise ConfigError(
+            f"{config.trainer.objective.kind} samples from the {chosen.sampler} and the rates are "
+            f"of samples from the {rates.sampler}: measure with the same objective"
+        )
+    trajectories = config.trainer.groups_per_step * config.sampling.n
+    incorrect = load.incorrect * (load.prompt_tokens + load.tokens_if_incorrect)
+    correct = load.correct * (load.prompt_tokens + load.tokens_if_correct)
+    scored = {"none": 0.0, "incorrect": incorrect, "all": correct + incorrect}[chosen.teacher]
+    learned = learned_of(config, load)
+    return Work(
+        sampled_tokens=trajectories * load.completion_tokens,
+        verdicts=trajectories,
+        scored_tokens=trajectories * scored,
+        learned_tokens=trajectories * learned.tokens,
+        trained_tokens=trajectories * learned.trained,
+    )
+
+
+def needs_mixed(config: RunConfig) -> bool:
+    """Whether the objective learns from groups with both verdicts alone, as GRPO does."""
+    alone, mixed = _entering(config)
+    return alone != mixed
+
+
+def _enter(config: RunConfig, load: Workload) -> tuple[float, float]:
+    """The fractions of correct and of incorrect trajectories that enter the loss; at most, where
+    it was not measured how many groups are mixed."""
+    alone, mixed = _entering(config)
+    if load.mixed is None:
+        return max(alone[0], mixed[0]), max(alone[1], mixed[1])
+    of = load.mixed
+    return alone[0] * (1 - of) + mixed[0] * of, alone[1] * (1 - of) + mixed[1] * of
+
+
+def _entering(config: RunConfig) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Whether a correct and an incorrect trajectory enter the loss: in a group of its like, and in
+    a mixed one. The objective itself is asked, with three small groups."""
+    correct, zeros = torch.tensor([True, True, False, False, True, False]), torch.zeros(6)
+    stats = SequenceStats(torch.tensor([0, 0, 1, 1, 2, 2]), correct, ~correct, zeros, zeros)
+    chosen = config.trainer.objective
+    found = entering(objective(chosen), stats, chosen).double().tolist()
+    return (found[0], found[2]), (found[4], found[5])
 
 
 def _learned_tokens(config: RunConfig, records: Records, workload: Workload) -> float:
     trajectories = _total(records, "batch/groups") * config.sampling.n
-    return trajectories * learned_per_trajectory(config, workload)
+    return trajectories * learned_of(config, workload).tokens
+
+
+def _teachers(config: RunConfig, records: Records) -> dict[str, TeacherRate]:
+    """Of each teacher that was asked."""
+    found, named = {}, teachers_of(config)
+    scored = _grown(records, "teacher/tokens")
+    for name, one in named.items():
+        suffix = f"_{name}" if len(named) > 1 else ""
+        tokens, asking_s = (_grown(records, f"teacher/{n}{suffix}") for n in ("tokens", "asking_s"))
+        if tokens and asking_s:
+            asking_s /= max(1.0, _mean(records[1:], "teacher/workers"))  # of the same replicas
+            found[name] = TeacherRate(
+                tokens_per_s=tokens / asking_s / one.replicas,
+                gpus=one.resources.gpus,
+                share=tokens / scored,
+            )
+    return found
 
 
 def _cpu(
@@ -238,6 +369,17 @@ def _mean(records: Records, name: str) -> float:
     if not values:
         raise ConfigError(f"the run did not record {name}: rates need a run of this version")
     return float(np.mean(values))
+
+
+def _incorrect_tokens(records: Records) -> float | None:
+    """The mean length of the incorrect answers of all steps; None where there was none."""
+    tokens = count = 0.0
+    for record in records:
+        mean = float(record.get("response_length/incorrect_mean", math.nan))
+        if not math.isnan(mean):
+            of = 1 - record["reward/accuracy"] - record["scope/unknown_fraction"]
+            tokens, count = tokens + of * mean, count + of
+    return tokens / count if tokens else None
 
 
 def _grown(records: Records, name: str) -> float:

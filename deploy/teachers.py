@@ -8,8 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 
-from deploy.config import ConfigError, RunConfig
-from services.config import DEFAULT_TEACHER
+from deploy.config import ConfigError, RunConfig, called
 from services.models import Fingerprint, ModelError, at_hand, fingerprint
 from services.stage import Unavailable
 from teacher.api import ModelCard
@@ -20,11 +19,6 @@ from teacher.pool import MissingKey, Servers, cards, targets
 from teacher.serve import deploy_teacher, stop_teacher
 
 _ASK_S = 10.0  # how long a server may take to say what it holds
-
-
-def called(name: str) -> str:
-    """A teacher in words."""
-    return "teacher" if name == DEFAULT_TEACHER else f"teacher {name}"
 
 
 def identify(teacher: TeacherModel) -> Fingerprint | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -66,9 +67,11 @@ class TeacherWorker:
         self._teachers = {name: TeacherPool(servers) for name, servers in teachers.items()}
         self._stopping = asyncio.Event()
         self._busy = Busy()
+        several = teachers if len(teachers) > 1 else ()
+        self._busy_with = {name: Busy() for name in several}
         self._asked: Counter[str] = Counter(requests=0, sequences=0, tokens=0)
-        if len(teachers) > 1:
-            self._asked.update({f"sequences_{name}": 0 for name in teachers})
+        for name in several:
+            self._asked.update({f"sequences_{name}": 0, f"tokens_{name}": 0})
 
     async def run(self) -> None:
         """Works until `stop`; then finishes the groups that it holds.
@@ -106,6 +109,7 @@ class TeacherWorker:
             "workers": 1.0,
             **self._asked,
             "asking_s": self._busy.seconds,
+            **{f"asking_s_{name}": busy.seconds for name, busy in self._busy_with.items()},
             "retried": sum(pool.retried for pool in pools),
             "hedged": sum(pool.hedged for pool in pools),
             "servers_down": sum(pool.down for pool in pools),
@@ -123,9 +127,9 @@ class TeacherWorker:
         asked = [place for place in places if len(trajectories[place].token_ids)]
         scored_by = ""
         if asked:
-            prompt = group.rollout.prompt.token_ids
-            pool = self._pool(group.rollout.prompt.teacher)
-            with self._busy:
+            prompt, name = group.rollout.prompt.token_ids, group.rollout.prompt.teacher
+            pool = self._pool(name)
+            with self._busy, self._busy_with.get(name, nullcontext()):
                 scores = await pool.score(
                     [(prompt, trajectories[place].token_ids) for place in asked], self._top
                 )
@@ -135,11 +139,10 @@ class TeacherWorker:
                 found = (TopTokens(score.top_ids, score.top_logprobs) for score in scores)
                 top.update(zip(asked, found, strict=True))
             completions = sum(len(trajectories[place].token_ids) for place in asked)
-            self._asked.update(
-                requests=1, sequences=len(asked), tokens=len(prompt) * len(asked) + completions
-            )
-            if len(self._teachers) > 1:
-                self._asked[f"sequences_{group.rollout.prompt.teacher}"] += len(asked)
+            tokens = len(prompt) * len(asked) + completions
+            self._asked.update(requests=1, sequences=len(asked), tokens=tokens)
+            if name in self._busy_with:
+                self._asked.update({f"sequences_{name}": len(asked), f"tokens_{name}": tokens})
         return encode(ScoredGroup(group, logprobs, scored_by, top))
 
     def _pool(self, name: str) -> TeacherPool:

@@ -30,7 +30,7 @@ from trainer.batch import Batch, MicroBatch, fits, micro_batches, shares
 from trainer.checkpoint import RANK_PREFIX, State
 from trainer.config import OptimizerConfig, TrainerConfig
 from trainer.divergence import divergence
-from trainer.objectives import Coefficients, SequenceStats, objective
+from trainer.objectives import Coefficients, SequenceStats, entering, objective
 from trainer.scope import effective_sample_size, relative_weights
 from trainer.student import Student
 
@@ -221,17 +221,12 @@ class Learner:
         return torch.where((batch.correct & member).to(self.device), mean, 0.0)
 
     def _entering(self, batch: Batch) -> Tensor:
-        """[N] The trajectories that enter the loss. The others have coefficients of 0 (unknown
-        verdicts, what RFT rejects, GRPO's groups without a difference) and are not computed. Where
-        coefficients hang on perplexities, nothing but the verdict is known before a forward."""
-        if self.objective.student_perplexity:
-            return batch.correct | batch.incorrect
+        """[N] The trajectories that are computed."""
         nothing = torch.zeros_like(batch.teacher_nll)
         stats = SequenceStats(
             batch.group, batch.correct, batch.incorrect, nothing, batch.teacher_nll
         )
-        found = self.objective.coefficients(stats, self.config.objective)
-        return (found.reinforce != 0) | (found.distil != 0)
+        return entering(self.objective, stats, self.config.objective)
 
     def _perplexity_wanted(self, batch: Batch) -> Tensor:
         """[N] the correct trajectories whose weights depend on their perplexity."""

@@ -39,7 +39,7 @@ from trainer.config import CheckpointConfig, TrainerConfig
 from trainer.learner import Clock, Learner, Metrics
 from trainer.lora import write_adapters
 from trainer.reader import Background, GroupReader
-from trainer.samples import due, samples
+from trainer.samples import due, is_mixed, samples
 from trainer.storage import Storage
 from trainer.student import is_sharded
 
@@ -426,8 +426,12 @@ def _group_metrics(groups: Sequence[ScoredGroup], version: int) -> Metrics:
     count = len(trajectories)
     lengths = np.array([len(t.token_ids) for t in trajectories])
     incorrect = lengths[[outcome == "incorrect" for outcome in outcomes]]
+    known = [(g, _known_tokens(g)) for g in groups]
+    mixed = sum(tokens for g, tokens in known if is_mixed(g))
     return {
         "batch/groups": float(len(groups)),
+        # What GRPO learns from: of the tokens with a verdict, prompts included.
+        "batch/mixed_token_fraction": mixed / max(1, sum(tokens for _, tokens in known)),
         "reward/accuracy": outcomes.count("correct") / count,
         "scope/unknown_fraction": outcomes.count("unknown") / count,
         "staleness/mean": float(np.mean([version - g.rollout.mean_weight_version for g in groups])),
@@ -444,6 +448,16 @@ def _group_metrics(groups: Sequence[ScoredGroup], version: int) -> Metrics:
             sum(len(lp) for g in groups for lp in g.teacher_logprobs.values())
         ),
     }
+
+
+def _known_tokens(group: ScoredGroup) -> int:
+    """Prompt and completion tokens of the trajectories that are correct or incorrect."""
+    places, trajectories = (
+        group.verified.indices("correct", "incorrect"),
+        group.rollout.trajectories,
+    )
+    prompt = len(group.rollout.prompt.token_ids)
+    return sum(prompt + len(trajectories[place].token_ids) for place in places)
 
 
 def trainer(config: LoopConfig) -> Any:

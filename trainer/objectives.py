@@ -59,6 +59,17 @@ class Objective:
     """Who samples. What the teacher sampled is trained on as it is, with ρ = 1."""
 
 
+def entering(chosen: Objective, stats: SequenceStats, config: ObjectiveConfig) -> Tensor:
+    """[N] bool: the trajectories that enter the loss, as far as verdicts tell. The others have
+    coefficients of 0 (unknown verdicts, what RFT rejects, GRPO's groups without a difference) and
+    are not computed. Where coefficients hang on perplexities, nothing but the verdict is known
+    before a forward."""
+    if chosen.student_perplexity:
+        return stats.correct | stats.incorrect
+    found = chosen.coefficients(stats, config)
+    return (found.reinforce != 0) | (found.distil != 0)
+
+
 class ObjectiveError(ValueError):
     """There is no such objective; the message says why."""
 

@@ -32,7 +32,7 @@ def samples(
     Each trajectory has its tokens as text, where the teacher scored it `log_ratio`, log π_T −
     log π_S of each token in nats (π_S as it sampled), and how it was trained.
     """
-    places = sorted(range(len(batch.groups)), key=lambda i: (not _is_mixed(batch.groups[i]), i))
+    places = sorted(range(len(batch.groups)), key=lambda i: (not is_mixed(batch.groups[i]), i))
     starts = [0]
     for group in batch.groups:
         starts.append(starts[-1] + len(group.rollout.trajectories))
@@ -54,7 +54,8 @@ def samples(
     ]
 
 
-def _is_mixed(group: ScoredGroup) -> bool:
+def is_mixed(group: ScoredGroup) -> bool:
+    """Whether it has correct and incorrect trajectories."""
     return {"correct", "incorrect"} <= {v.outcome for v in group.verified.verdicts}
 
 

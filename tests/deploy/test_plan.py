@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,9 +18,10 @@ from hypothesis import strategies as st
 from deploy import plan
 from deploy.cli import main
 from deploy.config import ConfigError, RunConfig, load, load_other
-from deploy.rates import Rates, of_records, of_run
+from deploy.rates import Rates, Workload, learned_of, of_records, of_run, work_of
 from services.metrics import read
 from tests.deploy.conftest import ROOT
+from trainer.objectives import SequenceStats, entering, objective
 
 DEMO, PAPER = ROOT / "deploy/runs/demo.yaml", ROOT / "deploy/runs/qwen3-1.7b.yaml"
 RATES = Rates.model_validate(
@@ -60,14 +63,15 @@ def test_the_rate_is_that_of_a_pipeline_with_so_many_steps_under_way(
 
 def test_what_a_step_asks_of_each_stage() -> None:
     config = load(PAPER, ["trainer.groups_per_step=10", "sampling.n=4"])
-    work = plan.work_of(config, RATES)
+    work = work_of(config, RATES)
     assert work.sampled_tokens == 40 * 900
     assert work.verdicts == 40
     assert work.scored_tokens == pytest.approx(40 * 0.3 * 2000)  # incorrect ones only
-    # Two ranks: the perplexities of correct answers are a forward of their own, a third of all.
-    assert work.learned_tokens == pytest.approx(40 * (0.9 + 0.6 / 3) * 1000)
+    # Two ranks: the perplexities of correct answers, of (0.9 · 900 − 0.3 · 1900) / 0.6 = 400
+    # tokens, are a forward of their own, a third of all.
+    assert work.learned_tokens == pytest.approx(40 * (0.9 * 1000 + 0.6 / 3 * 500))
     assert work.trained_tokens == pytest.approx(40 * 0.9 * 900)
-    opd = plan.work_of(load(PAPER, ["trainer.objective.kind=opd"]), RATES)
+    opd = work_of(load(PAPER, ["trainer.objective.kind=opd"]), RATES)
     assert opd.scored_tokens == pytest.approx(256 * 8 * 0.9 * 1000)
 
 
@@ -76,7 +80,7 @@ def test_the_limiting_stage_and_the_rate() -> None:
     seconds = {role.name: role.seconds for role in made.roles}
     assert seconds["rollout"] == pytest.approx(256 * 8 * 900 / (4 * 2000))
     assert seconds["teacher"] == pytest.approx(256 * 8 * 0.3 * 2000 / (2 * 8000))
-    assert seconds["learner"] == pytest.approx(256 * 8 * 1.1 * 1000 / (2 * 6000) + 5)
+    assert seconds["learner"] == pytest.approx(256 * 8 * (900 + 100) / (2 * 6000) + 5)
     assert made.limit == "rollout"
     assert made.step_s == pytest.approx(seconds["rollout"])
     assert made.trained_tokens_per_s == pytest.approx(256 * 8 * 0.9 * 900 / made.step_s)
@@ -139,7 +143,7 @@ def test_engines_of_several_gpus_stay_whole() -> None:
     made = plan.make(config, rates, gpus=16)
     teacher = next(role for role in made.roles if role.name == "teacher")
     assert teacher.gpus == 4 * teacher.units
-    with pytest.raises(ConfigError, match="5 GPUs are fewer than one of each role asks for"):
+    with pytest.raises(ConfigError, match="of each role asks for: rollout 1, learner 1, teacher 4"):
         plan.make(config, rates, gpus=5)
 
 
@@ -156,6 +160,140 @@ def test_a_teacher_that_is_not_asked_needs_no_rate() -> None:
     made = plan.make(load(PAPER, ["trainer.objective.kind=grpo"]), rates, gpus=8)
     assert made.roles[2].seconds == 0
 
+    assert made.roles[2].gpus == 0  # it is not even loaded
+
+
+@pytest.mark.parametrize(
+    ("kind", "correct", "incorrect"),
+    [("scope", 1, 1), ("opd", 1, 1), ("kdrl", 1, 1), ("rft", 1, 0), ("grpo", 0.25, 0.25)],
+)
+def test_what_enters_no_loss_is_not_learned(kind: str, correct: float, incorrect: float) -> None:
+    load_ = RATES.workload.model_copy(update={"mixed": 0.25})
+    rates = RATES.model_copy(update={"workload": load_})
+    config = load(
+        PAPER,
+        [f"trainer.objective.kind={kind}", "trainer.groups_per_step=10", "sampling.n=4",
+         "trainer.objective.use_student_path_weights=false"],
+    )  # fmt: skip
+    work = work_of(config, rates)
+    assert work.trained_tokens == pytest.approx(40 * (0.6 * correct * 400 + 0.3 * incorrect * 1900))
+    assert work.learned_tokens == pytest.approx(40 * (0.6 * correct * 500 + 0.3 * incorrect * 2000))
+    unknown = plan.make(config, RATES)  # not how many groups have both verdicts
+    assert any("workload.mixed" in note for note in unknown.notes) == (kind == "grpo")
+    assert work_of(config, RATES).learned_tokens >= work.learned_tokens
+
+
+@pytest.mark.parametrize("kind", ["scope", "rft", "grpo", "kdrl", "opd"])
+def test_what_is_learned_is_what_a_learner_computes(kind: str) -> None:
+    """Tokens of known groups, by the learner's own rule and by the plan's."""
+    outcomes = ["cccc", "cccc", "iiii", "ciii", "ccii"]
+    correct = torch.tensor([o == "c" for group in outcomes for o in group])
+    config = load(PAPER, [f"trainer.objective.kind={kind}", "sampling.n=4"])
+    chosen, zeros = config.trainer.objective, torch.zeros(20)
+    stats = SequenceStats(torch.arange(5).repeat_interleave(4), correct, ~correct, zeros, zeros)
+    computed = entering(objective(chosen), stats, chosen)
+    load_ = Workload(prompt_tokens=1, completion_tokens=1, correct=11 / 20, incorrect=9 / 20,
+                     mixed=8 / 20)  # fmt: skip
+    learned = learned_of(config, load_).trained * 20
+    # One fraction for correct and incorrect ones alike: exact where both enter or neither does.
+    assert learned == pytest.approx(float(computed.sum()))
+
+
+@pytest.mark.parametrize("kind", ["scope", "opd"])
+def test_a_run_without_an_incorrect_answer_has_rates(kind: str) -> None:
+    records = [
+        record | {"reward/accuracy": 1.0, "scope/unknown_fraction": 0.0,
+                  "response_length/incorrect_mean": math.nan, "teacher/tokens": 0.0,
+                  "teacher/asking_s": 0.0}
+        for record in _records(12)
+    ]  # fmt: skip
+    config = load(DEMO)
+    rates = of_records(config, records, about="known")
+    assert rates.workload.incorrect == 0 and rates.workload.incorrect_tokens is None
+    asked = load(DEMO, [f"trainer.objective.kind={kind}"])
+    if kind == "opd":
+        with pytest.raises(ConfigError, match="no rate of the teacher"):
+            plan.make(asked, rates, cores=2)
+    else:
+        made = plan.make(asked, rates, cores=2)
+        assert made.roles[2].seconds == 0
+        assert any("no answer was incorrect" in note for note in made.notes)
+
+
+# ---------------------------------------------------------------------------- several teachers
+
+OTHERS = "teacher.others={code: {model: m, resources: {gpus: 2}}, chains: {model: c, resources: {gpus: 1}}}"  # noqa: E501
+SEVERAL = Rates.model_validate(
+    RATES.model_dump()
+    | {
+        "teacher": {"tokens_per_s": 8000, "share": 0.5},
+        "other_teachers": {
+            "code": {"tokens_per_s": 4000, "gpus": 2, "share": 0.3},
+            "chains": {"tokens_per_s": 9000, "share": 0.2},
+        },
+    }
+)
+
+
+def test_every_teacher_has_its_share_and_the_slowest_limits() -> None:
+    made = plan.make(load(PAPER, [OTHERS]), SEVERAL)
+    scored = 256 * 8 * 0.3 * 2000
+    lines = {role.name: (role.units, role.gpus, role.seconds) for role in made.roles}
+    assert lines["teacher"] == pytest.approx((2, 2, scored * 0.5 / 16_000))
+    assert lines["teacher code"] == pytest.approx((1, 2, scored * 0.3 / 4000))
+    assert lines["teacher chains"] == pytest.approx((1, 1, scored * 0.2 / 9000))
+    assert made.gpus == 4 + 2 + 2 + 1 + 2
+    # Side by side: that of code alone counts.
+    seconds = [lines[role][2] for role in ("rollout", "verifier", "teacher code", "learner")]
+    assert made.step_s == pytest.approx(max(max(seconds), sum(seconds) / 2))
+
+
+@pytest.mark.parametrize("gpus", [6, 10, 14])
+def test_no_other_split_over_several_teachers_is_faster(gpus: int) -> None:
+    config = load(PAPER, [OTHERS, "verifier.workers=100"])
+    made = plan.make(config, SEVERAL, gpus=gpus)
+    assert made.gpus <= gpus
+    for counts in itertools.product(range(1, gpus), repeat=4):
+        first, code, chains, ranks = counts
+        rollout = gpus - ranks - first - 2 * code - chains
+        if rollout < 1:
+            continue
+        raw = _with(config, rollout, first, ranks).model_dump()
+        raw["teacher"]["others"]["code"]["replicas"] = code
+        raw["teacher"]["others"]["chains"]["replicas"] = chains
+        other = plan.make(RunConfig.model_validate(raw), SEVERAL)
+        assert made.step_s <= other.step_s * 1.05  # which has a hundred judges
+
+
+def test_rates_of_other_teachers_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"also of teacher code, teacher chains, which"):
+        plan.make(load(PAPER), SEVERAL)
+    with pytest.raises(ConfigError, match=r"no rate of the teacher code: .*benchmarks"):
+        plan.make(load(PAPER, [OTHERS]), RATES)
+    with pytest.raises(
+        ConfigError, match=r"5 GPUs .*, teacher 1, teacher code 2, teacher chains 1"
+    ):
+        plan.make(load(PAPER, [OTHERS]), SEVERAL, gpus=5)
+    with pytest.raises(ValueError, match=r"shares of the teachers add up to 1\.5"):
+        Rates.model_validate(SEVERAL.model_dump() | {"teacher": {"tokens_per_s": 1}})
+
+
+def test_rates_of_several_teachers_are_read_apart() -> None:
+    records = [
+        record | {"teacher/tokens_default": 960.0 * n, "teacher/asking_s_default": 4.0 * n,
+                  "teacher/tokens_code": 2880.0 * n, "teacher/asking_s_code": 8.0 * n}
+        for n, record in enumerate(_records(12), 1)
+    ]  # fmt: skip
+    config = load(DEMO, ["teacher.others={code: {model: m, replicas: 2}}"])
+    rates = of_records(config, records, about="known")
+    assert rates.teacher and rates.other_teachers.keys() == {"code"}
+    assert rates.teacher.share == 0.25 and rates.other_teachers["code"].share == 0.75
+    assert rates.teacher.tokens_per_s == pytest.approx(960 / 2)  # two workers
+    assert rates.other_teachers["code"].tokens_per_s == pytest.approx(2880 / 4 / 2)
+    made = plan.make(config, rates, cores=100)
+    teacher = next(role for role in made.roles if role.name == "teacher")
+    assert (teacher.units, teacher.seconds) == (3, pytest.approx(3.84 / 3))
+
 
 def test_samples_of_another_model_are_refused() -> None:
     with pytest.raises(ConfigError, match="kd samples from the teacher"):
@@ -167,6 +305,7 @@ def _records(steps: int) -> list[dict[str, Any]]:
     return [
         {
             "step": n, "time": 10.0 * n, "batch/groups": 16, "prompt_length/mean": 20.0,
+            "batch/mixed_token_fraction": 0.5,
             "response_length/mean": 80.0, "response_length/max": 200.0,
             "response_length/incorrect_mean": 100.0, "reward/accuracy": 0.5,
             "scope/unknown_fraction": 0.25, "timing_s/wait_groups": 3.0,

@@ -186,6 +186,10 @@ async def test_each_group_is_scored_by_its_own_teacher(
             return (details.get("sequences_default"), details.get("sequences_code")) == (6, 6)
 
         await until(reported)
+        # What `scope plan` takes each teacher's rate from.
+        details = (await streams.reports())[worker.consumer]["details"]
+        assert details["tokens_default"] == details["tokens_code"] == details["tokens"] / 2 > 0
+        assert 0 < details["asking_s_code"] <= details["asking_s"]
     for result in await scored(streams):
         name = names[result.prompt.order]
         assert (result.prompt.teacher, result.teacher) == (name, fingerprints[name])

@@ -13,7 +13,7 @@ from trainer.batch import Batch
 from trainer.checkpoint import CheckpointFailed, Progress, latest
 from trainer.config import CheckpointConfig, TrainerConfig
 from trainer.learner import Clock, Learner
-from trainer.loop import LogpWatch, _Saves, checkpoints_of
+from trainer.loop import LogpWatch, _group_metrics, _Saves, checkpoints_of
 from trainer.storage import Storage
 
 
@@ -88,3 +88,17 @@ def test_a_disagreement_about_log_probs_is_warned_of_once(caplog: pytest.LogCapt
         "rollout's log-probs differ from the learner's by 0.2 n",
         "rollout's log-probs differ from the learner's by 0.4 n",
     ]
+
+
+def test_groups_with_both_verdicts_are_counted_by_their_tokens() -> None:
+    groups = [
+        scored_group(["correct", "incorrect", "unknown"], lengths=[3, 5, 40]),
+        scored_group(["correct", "correct", "unknown"], lengths=[7, 9, 40]),
+        scored_group(["incorrect", "unknown", "unknown"], lengths=[6, 40, 40]),
+    ]
+    prompt = len(groups[0].rollout.prompt.token_ids)
+    mixed, known = 2 * prompt + 3 + 5, 5 * prompt + 3 + 5 + 7 + 9 + 6
+    found = _group_metrics(groups, 0)["batch/mixed_token_fraction"]
+    assert found == pytest.approx(mixed / known)
+    nothing = _group_metrics([scored_group(["unknown"])], 0)
+    assert nothing["batch/mixed_token_fraction"] == 0
