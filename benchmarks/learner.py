@@ -1,9 +1,10 @@
 """Trained tokens per second, against plain transformers and TRL; utilisation and memory on a GPU.
 
-    python -m benchmarks.learner [--json FILE] [--only PART …]     parts: learner, end-to-end, gpu
+    python -m benchmarks.learner [--json FILE] [--only PART …]  learner, sharing, end-to-end, gpu
 
     learner      one frozen batch of skewed lengths, the learner's work alone: student forward and
                  backward, loss, optimizer. The teacher's side is given to everyone.
+    sharing      forward and backward of answers that share their prompt, against each with its own
     end-to-end   generation, scoring and learning: a real `scope run` against TRL's trainers
     gpu          utilisation at the shapes of Qwen2 1.5B, memory of the fused log-probs
 
@@ -18,14 +19,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.frozen import Lengths, make_groups, make_model, make_tokenizer
+from benchmarks.frozen import VOCAB, Lengths, make_groups, make_model, make_tokenizer
 from benchmarks.rows import Row, machine, show, write
+from services.packed import Pack, pack, prepare, token_logprobs
 from services.trajectory import ScoredGroup
 
 ROUNDS = 2
@@ -80,10 +83,10 @@ def has_trl() -> bool:
     return importlib.util.find_spec("trl") is not None
 
 
-def _race(contestants: Mapping[str, Contestant]) -> dict[str, float]:
+def _race(contestants: Mapping[str, Contestant], rounds: int = ROUNDS) -> dict[str, float]:
     """Median seconds of a step; the first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for name, step in contestants.items():
             seconds = step()
             if number:
@@ -183,6 +186,26 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
+def sharing_rows() -> list[Row]:
+    """Both layouts alternate; the median of the CPU seconds of each."""
+    torch.set_num_threads(1)
+    model, rows = prepare(make_model(0)), []
+    for prompt, answer in ((16, 128), (64, 64), (256, 64)):
+        drawn = torch.randint(2, VOCAB, (8, prompt + answer))
+        drawn[:, :prompt] = drawn[0, :prompt]
+        ids, starts = drawn.tolist(), [prompt] * len(drawn)
+        packs = {"shared": pack(ids, starts, families=[range(8)]), "apart": pack(ids, starts)}
+
+        def step(packed: Pack) -> float:
+            return _seconds(lambda: token_logprobs(model, packed, [1.0]).sum().backward())
+
+        made = {name: partial(step, packed) for name, packed in packs.items()}
+        rates = {n: 8 * answer / s for n, s in _race(made, rounds=7).items()}
+        name = f"sharing a prompt of {prompt} tokens by 8 answers of {answer}"
+        rows.append(_row(name, rates["shared"], rates["apart"], "peer: each with its own prompt"))
+    return rows
+
+
 def end_to_end_rows() -> list[Row]:
     from benchmarks import end_to_end
 
@@ -197,6 +220,7 @@ def gpu_rows() -> list[Row]:
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "learner": lambda: learner_rows(SKEWED, "skewed") + learner_rows(EQUAL, "equal lengths"),
+    "sharing": sharing_rows,
     "end-to-end": end_to_end_rows,
     "gpu": gpu_rows,
 }

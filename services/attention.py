@@ -6,6 +6,7 @@ Axes: `T` tokens of the pack, `S_b` segments of a bucket, `L_b` tokens of the lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -90,7 +91,11 @@ def _packed_attention(
     if dropout or (sliding_window and sliding_window < max_length_q):
         raise ValueError("packed attention has no dropout and no sliding window")
     if prefixes:
-        return _cascaded(query, key, value, buckets, prefixes, scaling), None
+        if torch.is_autocast_enabled(query.device.type):  # as it does for torch's own attention
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (x.to(dtype) for x in (query, key, value))
+        shared: Any = _Cascaded.apply
+        return shared(query, key, value, buckets, prefixes, scaling), None
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and find_spec("torch.nn.attention.varlen"):  # from torch 2.10 on
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
@@ -138,37 +143,86 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     )
 
 
-def _cascaded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    buckets: Buckets,
-    prefixes: tuple[tuple[int, int, int], ...],
-    scale: float | None,
-) -> Tensor:
+class _Cascaded(torch.autograd.Function):
     """[1, T, heads, D]; each segment on itself, then all that follows a prefix on that, at once.
-    The two are parts of one softmax, and weigh as their normalisers do, which have no gradient."""
-    if torch.is_grad_enabled() and query.requires_grad:
-        raise ValueError("sequences that share a prefix can be scored, not trained on")
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    heads = query.shape[1] // key.shape[1]  # of the query to one of the key
-    outputs, normalisers = [], []
-    for places, real in zip(buckets.places, buckets.real, strict=True):
-        q, k, v = (x[0][:, places].transpose(0, 1) for x in (query, key, value))
-        k, v = (x.repeat_interleave(heads, 1) for x in (k, v))
-        out, normaliser = flash(q, k, v, is_causal=True, scale=scale)
-        outputs.append(out.transpose(1, 2)[real])
-        normalisers.append(normaliser.transpose(1, 2)[real])
-    output, own = torch.cat(outputs)[buckets.back], torch.cat(normalisers)[buckets.back]
-    for start, middle, end in prefixes:
-        q = query[0, :, middle:end].reshape(1, key.shape[1], -1, query.shape[3])
-        out, shared = flash(q, key[:, :, start:middle], value[:, :, start:middle], scale=scale)
-        out, shared = (
-            x.reshape(query.shape[1], end - middle, -1).transpose(0, 1) for x in (out, shared)
-        )
-        weight = torch.sigmoid(shared - own[middle:end, :, None])
-        output[middle:end].lerp_(out, weight.to(out.dtype))
-    return output[None]
+
+    The two are parts of one softmax, and weigh as their normalisers do. Backward, each part is
+    given the output and the normaliser of the whole: with them its probabilities are those of the
+    one softmax, and so are its gradients, which add up (as in ring attention, arXiv 2310.01889).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        buckets: Buckets,
+        prefixes: tuple[tuple[int, int, int], ...],
+        scale: float | None,
+    ) -> Tensor:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        outputs, normalisers = [], []
+        for places, real in zip(buckets.places, buckets.real, strict=True):
+            q, k, v = (_rows(x[0], places) for x in (query, key, value))
+            out, normaliser = flash(q, k, v, is_causal=True, scale=scale)
+            outputs.append(out.transpose(1, 2)[real])
+            normalisers.append(normaliser.transpose(1, 2)[real])
+        output = torch.cat(outputs)[buckets.back]
+        total = torch.cat(normalisers)[buckets.back]
+        for start, middle, end in prefixes:
+            after = slice(middle, end)
+            q = _folded(query[0, :, after], key.shape[1])
+            out, shared = flash(q, key[:, :, start:middle], value[:, :, start:middle], scale=scale)
+            out, shared = (x.reshape(query.shape[1], end - middle, -1) for x in (out, shared))
+            own, shared = total[after], shared[..., 0].T
+            weight = torch.sigmoid(shared - own)[..., None]
+            output[after].lerp_(out.transpose(0, 1), weight.to(out.dtype))
+            total[after] = torch.logaddexp(own, shared)
+        ctx.save_for_backward(query, key, value, output, total)
+        ctx.layout = buckets, prefixes, scale
+        return output[None]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        query, key, value, output, total = ctx.saved_tensors
+        buckets, prefixes, scale = ctx.layout
+        # [heads, T, D] and [heads, T]
+        by_head = [x.transpose(0, 1) for x in (gradient[0], output, total)]
+        parts: list[list[Tensor]] = [[], [], []]
+        for places, real in zip(buckets.places, buckets.real, strict=True):
+            q, k, v, slope, out, normaliser = (
+                _rows(x, places) for x in (query[0], key[0], value[0], *by_head)
+            )
+            normaliser = normaliser.masked_fill(~real[:, None], math.inf)  # padding sees nothing
+            found = flash(slope, q, k, v, out, normaliser, 0.0, True, scale=scale)
+            for kept, x in zip(parts, found, strict=True):
+                kept.append(x.transpose(1, 2)[real])
+        for_query, for_key, for_value = (torch.cat(kept)[buckets.back] for kept in parts)
+        for start, middle, end in prefixes:
+            after = slice(middle, end)
+            k, v = (x[:, :, start:middle] for x in (key, value))
+            slope, q, out = (
+                _folded(x[:, after], key.shape[1]) for x in (by_head[0], query[0], by_head[1])
+            )
+            normaliser = by_head[2][:, after].reshape(1, key.shape[1], -1)
+            found = flash(slope, q, k, v, out, normaliser, 0.0, False, scale=scale)
+            for_query[after] += found[0].reshape(query.shape[1], end - middle, -1).transpose(0, 1)
+            for_key[start:middle] += found[1][0].transpose(0, 1)
+            for_value[start:middle] += found[2][0].transpose(0, 1)
+        return *(x.transpose(0, 1)[None] for x in (for_query, for_key, for_value)), None, None, None
+
+
+def _rows(x: Tensor, places: Tensor) -> Tensor:
+    """[S_b, heads, L_b, …] of [heads, T, …]."""
+    return x[:, places].transpose(0, 1)
+
+
+def _folded(x: Tensor, kv_heads: int) -> Tensor:
+    """[1, kv_heads, heads / kv_heads · n, D] of [heads, n, D]: the heads that look at one key
+    stand in its row."""
+    return x.reshape(1, kv_heads, -1, x.shape[-1])
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)

@@ -61,10 +61,11 @@ def pack(
     sequences: Sequence[Sequence[int] | npt.NDArray[np.int32]],
     starts: Sequence[int],
     *,
-    share: bool = False,
+    families: Sequence[Sequence[int]] | None = None,
 ) -> Pack:
-    """Packs token id sequences; tokens from `starts[i]` on are scored in sequence `i`. To `share`
-    is to lay what stands before the start once for all sequences in which it is the same.
+    """Packs token id sequences; tokens from `starts[i]` on are scored in sequence `i`. `families`
+    are the places of all sequences: those in one have the same tokens before their starts, and
+    these lie in the pack once. None shares nothing.
 
     Raises:
         ValueError: a start is 0 (the first token has nothing before it) or past the end.
@@ -85,7 +86,7 @@ def pack(
         bounds.append(bounds[-1] + len(ids))
         return bounds[-2]
 
-    for family in families(sequences, starts) if share else [[i] for i in range(len(sequences))]:
+    for family in [[i] for i in range(len(sequences))] if families is None else families:
         start = starts[family[0]]
         if len(family) == 1:
             at = lay(sequences[family[0]], 0)
@@ -112,7 +113,7 @@ def pack(
     )
 
 
-def families(
+def same_beginnings(
     sequences: Sequence[Sequence[int] | npt.NDArray[np.int32]], starts: Sequence[int]
 ) -> list[list[int]]:
     """Places of sequences with the same tokens before their starts, together; short ones alone."""
@@ -123,9 +124,10 @@ def families(
     return list(found.values())
 
 
-def can_share(model: PreTrainedModel) -> bool:
-    """Whether `pack` may share prefixes: the attention for it exists on the CPU only."""
-    return model.device.type == "cpu" and not hasattr(model.config.get_text_config(), "v_head_dim")
+def can_share(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether sequences of a `pack` may share prefixes where `device` computes: the attention for
+    it exists on the CPU only."""
+    return device.type == "cpu" and not hasattr(model.config.get_text_config(), "v_head_dim")
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
@@ -338,7 +340,8 @@ def score_top(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """As `score`, with the `top` most likely tokens at each place: log-probs [t], token ids
     [t, top] and their log-probs [t, top] of each sequence, on the CPU."""
-    batch = pack(sequences, starts, share=can_share(model)).to(model.device)
+    together = same_beginnings(sequences, starts) if can_share(model, model.device) else None
+    batch = pack(sequences, starts, families=together).to(model.device)
     hidden = hidden_states(model, batch)
     head = output_head(model)
     found = [

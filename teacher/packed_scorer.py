@@ -101,10 +101,10 @@ class PackedScorer:
             (place for place, start in enumerate(starts) if start < len(sequences[place])),
             key=lambda place: -len(sequences[place]),
         )
-        if not packed.can_share(self._model):
+        if not packed.can_share(self._model, self._model.device):
             return [[place] for place in wanted]
         parts: list[list[int]] = []
-        for family in packed.families(
+        for family in packed.same_beginnings(
             [sequences[place] for place in wanted], [starts[place] for place in wanted]
         ):
             parts.append([])

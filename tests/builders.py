@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,17 @@ def scored_group(
     lengths: Sequence[int] | None = None,
     teacher_nll: Sequence[float] | None = None,
     score: Sequence[Outcome] = ("incorrect",),
+    prompt_length: int | None = None,
 ) -> ScoredGroup:
     """A group with random tokens; the teacher's log-probs are constant along a trajectory."""
     lengths = lengths or [5] * len(outcomes)
     nlls = teacher_nll or [1.0] * len(outcomes)
+    asked = prompt(order, n=len(outcomes))
+    if prompt_length:
+        drawn = np.random.default_rng(order).integers(2, VOCAB, prompt_length)
+        asked = replace(asked, token_ids=drawn.astype(np.int32))
     rollout = RolloutGroup(
-        prompt(order, n=len(outcomes)),
+        asked,
         tuple(trajectory(t, seed=100 * order + i) for i, t in enumerate(lengths)),
         weight_version=0,
     )

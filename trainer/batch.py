@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from services.attention import on_device
 from services.packed import Pack, pack
 from services.trajectory import LogProbs, ScoredGroup, TokenIds, TopTokens
 from trainer.objectives import TeacherNeed
+
+# A prompt is shared where that spares so much of what remains. Less than 0.07 did not pay for
+# merging what each answer sees of itself and of the prompt (docs/learner.md).
+MIN_SPARED = 0.1
 
 
 class BadGroup(ValueError):
@@ -135,55 +140,119 @@ class Batch:
         return replace(self, groups=(), sequences={i: self.sequences[i] for i in mine})
 
 
-def shares(batch: Batch, passes: Tensor, ranks: int, *, pair_cost: float) -> list[list[int]]:
+Family = list[int]  # places of trajectories that lie in a micro-batch after one prompt
+
+
+def families(batch: Batch, indices: Iterable[int], share: bool) -> list[Family]:
+    """The trajectories at `indices`: those of a group together where it pays that they `share`
+    their prompt, others by themselves."""
+    groups: dict[int, Family] = {}
+    for index in indices:
+        groups.setdefault(int(batch.group[index]), []).append(index)
+    found: list[Family] = []
+    for members in groups.values():
+        spared = int(batch.tokens[members].sum()) - size(batch, members)
+        pays = share and spared > 0 and spared >= MIN_SPARED * size(batch, members)
+        found += [members] if pays else [[i] for i in members]
+    return found
+
+
+def size(batch: Batch, family: Family) -> int:
+    """Tokens of a family: its prompt once, and its answers."""
+    answers = int(batch.lengths[family].sum())
+    return answers + int(batch.tokens[family[0]] - batch.lengths[family[0]])
+
+
+def shares(
+    batch: Batch, passes: Tensor, ranks: int, *, pair_cost: float, share: bool = False
+) -> list[list[int]]:
     """Which trajectories each rank works on: the dearest first, each to the rank with the least
-    work so far. The same on every rank, so nothing needs to be communicated.
+    work so far. The same on every rank, so nothing needs to be communicated. Families stay whole,
+    unless the busiest rank has less to do when each answer is dealt out by itself.
 
     Args:
         passes: [N] how often a trajectory goes through the model; 0 for one that nobody needs.
         pair_cost: what two tokens that see each other cost (attention), where one token by
             itself (the linear layers) costs 1. A sequence costs its Σ length and Σ length².
+        share: whether answers may share their prompt, which then costs once where they are.
     """
-    work = (passes * batch.tokens * (1.0 + pair_cost * batch.tokens)).tolist()
-    load = [0.0] * ranks
-    made: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(work)), key=lambda i: (-work[i], i)):
-        if work[index]:
+    alone = batch.tokens - batch.lengths  # the prompts
+    whole: list[float] = (passes * batch.tokens * (1.0 + pair_cost * batch.tokens)).tolist()
+    prompt: list[float] = (passes * alone * (1.0 + pair_cost * alone)).tolist()
+    needed = [i for i, work in enumerate(whole) if work]
+    kept = families(batch, needed, share)
+    label = {i: number for number, family in enumerate(kept) for i in family}
+
+    def work(part: Iterable[int]) -> float:
+        once: dict[int, float] = {}
+        for i in part:
+            once[label[i]] = max(once.get(label[i], 0.0), prompt[i])
+        return sum(whole[i] - prompt[i] for i in part) + sum(once.values())
+
+    def dealt(units: Sequence[Family]) -> list[list[int]]:
+        load = [0.0] * ranks
+        made: list[list[int]] = [[] for _ in range(ranks)]
+        for cost, unit in sorted(
+            ((work(unit), unit) for unit in units), key=lambda x: (-x[0], x[1])
+        ):
             lightest = load.index(min(load))
-            load[lightest] += work[index]
-            made[lightest].append(index)
-    return [sorted(part) for part in made]
+            load[lightest] += cost
+            made[lightest] += unit
+        return [sorted(part) for part in made]
+
+    ways = [dealt(kept), dealt([[i] for i in needed])]
+    return min(ways, key=lambda made: max(map(work, made)))
 
 
-def fits(batch: Batch, member: Tensor, budget: int) -> Tensor:
+def fits(batch: Batch, member: Tensor, budget: int, share: bool = False) -> Tensor:
     """[N] bool: whether all members of a trajectory's group have room in one micro-batch."""
     tokens = torch.zeros(batch.group_count, dtype=torch.int64)
-    return (tokens.index_add(0, batch.group, batch.tokens * member) <= budget)[batch.group]
+    for family in families(batch, member.nonzero().flatten().tolist(), share):
+        tokens[batch.group[family[0]]] += size(batch, family)
+    return (tokens <= budget)[batch.group]
 
 
 def micro_batches(
-    batch: Batch, indices: Sequence[int], budget: int, together: Tensor | None = None
-) -> list[list[int]]:
+    batch: Batch,
+    indices: Sequence[int],
+    budget: int,
+    together: Tensor | None = None,
+    *,
+    share: bool = False,
+) -> list[list[Family]]:
     """Fills micro-batches of at most `budget` tokens (a longer sequence goes alone): largest
-    first, each into the first that has room, which makes few of them.
+    first, each into the first that has room, which makes few of them. A family with no room in one
+    is cut into several.
 
     Args:
         together: [N] bool, whose groups go whole into one micro-batch.
+        share: whether answers may share their prompt, which then counts once.
     """
-    units: dict[tuple[int, int], list[int]] = {}
-    for index in indices:
-        alone = together is None or not together[index]
-        units.setdefault((int(batch.group[index]), index if alone else -1), []).append(index)
-    sizes = {unit: int(batch.tokens[members].sum()) for unit, members in units.items()}
+    units: list[list[Family]] = []
+    whole: dict[int, list[Family]] = {}
+    for family in families(batch, indices, share):
+        if together is not None and together[family[0]]:
+            whole.setdefault(int(batch.group[family[0]]), []).append(family)
+            continue
+        room = budget - size(batch, family) + int(batch.lengths[family].sum())
+        parts = _first_fit(batch.lengths[family].tolist(), room)
+        units += [[[family[i] for i in part]] for part in parts]
+    units += whole.values()
+    sizes = [sum(size(batch, family) for family in unit) for unit in units]
+    return [[family for i in part for family in units[i]] for part in _first_fit(sizes, budget)]
+
+
+def _first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Places of the sizes: the largest first, each into the first part that has room."""
     parts: list[list[int]] = []
     room: list[int] = []
-    for unit in sorted(units, key=lambda u: (-sizes[u], u)):
-        place = next((i for i, left in enumerate(room) if left >= sizes[unit]), len(parts))
-        if place == len(parts):
+    for place in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        at = next((i for i, left in enumerate(room) if left >= sizes[place]), len(parts))
+        if at == len(parts):
             parts.append([])
             room.append(budget)
-        parts[place] += units[unit]
-        room[place] -= sizes[unit]
+        parts[at].append(place)
+        room[at] -= sizes[place]
     return parts
 
 
@@ -199,12 +268,14 @@ class MicroBatch:
     top_logprobs: Tensor | None = None  # [C, k] float32; evenly spread where there is no score
 
     @staticmethod
-    def of(batch: Batch, indices: Sequence[int], device: torch.device) -> MicroBatch:
-        """Packs the trajectories at `indices` and moves them to `device`."""
+    def of(batch: Batch, held: Sequence[Family], device: torch.device) -> MicroBatch:
+        """Packs the families and moves them to `device`."""
+        indices = [i for family in held for i in family]
         chosen = [batch.sequences[i] for i in indices]
         packed = pack(
             [np.concatenate([s.prompt, s.completion]) for s in chosen],
             [len(s.prompt) for s in chosen],
+            families=_consecutive(map(len, held)),
         )
         teacher = [
             s.teacher if s.teacher is not None else np.zeros(len(s.completion), np.float32)
@@ -218,6 +289,12 @@ class MicroBatch:
         }
         tensors = {n: on_device(torch.from_numpy(a), device) for n, a in arrays.items()}
         return MicroBatch(pack=packed.to(device), **tensors)
+
+
+def _consecutive(counts: Iterable[int]) -> list[list[int]]:
+    """0, 1, … in runs of so many."""
+    places = count()
+    return [list(islice(places, n)) for n in counts]
 
 
 def _top_tokens(samples: Sequence[Sample]) -> dict[str, npt.NDArray[Any]]:

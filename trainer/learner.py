@@ -24,7 +24,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from services.models import probe_tokens
-from services.packed import pack, token_logprobs
+from services.packed import can_share, pack, token_logprobs
 from services.weights import Weights
 from trainer.batch import Batch, MicroBatch, fits, micro_batches, shares
 from trainer.checkpoint import RANK_PREFIX, State
@@ -62,6 +62,7 @@ class Learner:
         self._pair_cost = _pair_cost(model)
         self.device = device or model.device
         self.student = Student(model, config, self.device)
+        self._share = can_share(model, self.device)
         self.config = config
         self.objective = objective(config.objective)
         self.step_number = 0
@@ -183,7 +184,8 @@ class Learner:
         if not self.objective.student_perplexity or self.student.ranks > 1:
             return torch.zeros_like(batch.correct)
         trained = batch.correct | batch.incorrect
-        return fits(batch, trained, self.config.micro_batch_tokens) & _several_correct(batch)
+        room = fits(batch, trained, self.config.micro_batch_tokens, self._share)
+        return room & _several_correct(batch)
 
     def _stats(self, batch: Batch, together: Tensor) -> SequenceStats:
         moved = [t.to(self.device) for t in (batch.group, batch.correct, batch.incorrect)]
@@ -238,7 +240,8 @@ class Learner:
         """The trajectories that each rank works on; their sequences are all that it needs."""
         entering = self._entering(batch).double()  # backward costs twice the forward
         passes = 3.0 * entering + self._perplexity_wanted(batch)
-        return shares(batch, passes, self.student.ranks, pair_cost=self._pair_cost)
+        cost, share = self._pair_cost, self._share
+        return shares(batch, passes, self.student.ranks, pair_cost=cost, share=share)
 
     def _micro_batches(
         self, batch: Batch, member: Tensor, together: Tensor | None = None, *, at_least: int = 0
@@ -247,7 +250,8 @@ class Learner:
         idle ones when there are fewer than `at_least`, or when the ranks have to go together and
         another has more."""
         mine = [i for i in self.shares(batch)[self._rank] if member[i]]
-        parts = micro_batches(batch, mine, self.config.micro_batch_tokens, together)
+        budget = self.config.micro_batch_tokens
+        parts = micro_batches(batch, mine, budget, together, share=self._share)
         rounds = self.student.rounds(max(at_least, len(parts)))
         for number in range(rounds):
             part = parts[number] if number < len(parts) else []

@@ -6,12 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import (
+    AttentionInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from services import packed
+from services.attention import ATTENTION
 from tests.builders import VOCAB, tiny_model
 
 
@@ -73,17 +81,82 @@ def test_what_is_shared_is_computed_once() -> None:
     prompt = [2 + i % 20 for i in range(50)]
     sequences = [[*prompt, *range(2, 2 + n)] for n in (1, 5, 9)]
     sequences.insert(1, [3, 4, 5])
-    pack = packed.pack(sequences, [50, 1, 50, 50], share=True)
+    pack = packed.pack(sequences, [50, 1, 50, 50], families=[[0, 2, 3], [1]])
     assert len(pack.token_ids) == 50 + 0 + 4 + 8 + 3
     assert pack.max_seqlen == 59
     assert pack.lengths == (1, 2, 5, 9)
 
 
-def test_what_is_shared_is_not_trained_on() -> None:
-    model = packed.prepare(tiny_model())
-    pack = packed.pack([[2] * 30 + [3, 4], [2] * 30 + [4, 5]], [30, 30], share=True)
-    with pytest.raises(ValueError, match="can be scored, not trained on"):
-        packed.token_logprobs(model, pack, [1.0])
+@st.composite
+def trained_families(
+    draw: st.DrawFn,
+) -> tuple[list[list[int]], list[int], list[list[int]]]:
+    """Answers to a few prompts, of one token each or many; the families in any order, of one
+    answer or several, and some prompts in two families, as when a group has no room in a pack."""
+    token = st.integers(0, VOCAB - 1)
+    prompts = draw(st.lists(st.lists(token, min_size=1, max_size=30), min_size=1, max_size=3))
+    sequences: list[list[int]] = []
+    starts: list[int] = []
+    families: list[list[int]] = []
+    for prompt in [*prompts, *prompts[: draw(st.integers(0, 1))]]:
+        answers = draw(st.lists(st.lists(token, max_size=25), min_size=1, max_size=4))
+        families.append(list(range(len(sequences), len(sequences) + len(answers))))
+        sequences += [prompt + answer for answer in answers]
+        starts += [len(prompt)] * len(answers)
+    sequences[0] = [*sequences[0], 1]
+    return sequences, starts, draw(st.permutations(families))
+
+
+@settings(max_examples=25, deadline=None)
+@given(trained_families(), st.booleans(), st.booleans())
+def test_gradients_of_answers_that_share_a_prompt_are_those_of_its_sequences_one_by_one(
+    batch: tuple[list[list[int]], list[int], list[list[int]]], tied: bool, recomputed: bool
+) -> None:
+    """Each answer pulls at the prompt's keys and values, and at its last hidden state."""
+    sequences, starts, families = batch
+    model = tiny_model(tied=tied)
+    expected = plain_gradients(model, sequences, starts, 0.6)
+    model.zero_grad()
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    pack = packed.pack(sequences, starts, families=families)
+    logprobs = packed.token_logprobs(packed.prepare(model), pack, [1.0, 0.6])[1]
+    (logprobs * pulls(sequences, starts)).sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_of_a_bucket_sends_back_nothing_however_large_the_scores() -> None:
+    """A padded row stands for a query with other keys, whose scores may be far above the
+    normaliser that it is given."""
+    torch.manual_seed(0)
+    query, key, value = (
+        (torch.randn(1, heads, 60, 8) * 60).requires_grad_() for heads in (4, 2, 2)
+    )
+    lengths = [20, 15, 14, 11]  # a prefix, and what follows it
+    pack = packed.pack(
+        [[0] * 20 + [0] * (n + 1) for n in lengths[1:]], [20] * 3, families=[[0, 1, 2]]
+    )
+    assert len(pack.token_ids) == 60
+    call: Any = AttentionInterface()[ATTENTION]
+    out, _ = call(
+        None, query, key, value, None, cu_seq_lens_q=pack.cu_seqlens, max_length_q=36,
+        buckets=pack.buckets, prefixes=pack.prefixes,
+    )  # fmt: skip
+    slope = torch.randn(out.shape)
+    got = torch.autograd.grad(out, (query, key, value), slope)
+    segment = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    seen = (segment[:, None] == segment) & (torch.arange(60)[:, None] >= torch.arange(60))
+    seen |= segment == 0
+    seen &= torch.arange(60)[:, None] >= torch.arange(60)
+    q, k, v = (x.detach().double().requires_grad_() for x in (query, key, value))
+    plain = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2)
+    expected = torch.autograd.grad(plain, (q, k, v), slope.double())
+    torch.testing.assert_close(out.double(), plain, atol=1e-3, rtol=1e-3)
+    for mine, theirs in zip(got, expected, strict=True):
+        error = float((mine.double() - theirs).norm() / theirs.norm())
+        assert error < 1e-3
 
 
 def test_one_row_a_temperature() -> None:
@@ -176,6 +249,13 @@ def plain_gradients(
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+def pulls(sequences: list[list[int]], starts: list[int]) -> torch.Tensor:
+    """What `plain_gradients` weighs each token by."""
+    return torch.tensor(
+        [1.0 + i % 3 for ids, s in zip(sequences, starts, strict=True) for i in range(s, len(ids))]
+    )
+
+
 @pytest.mark.parametrize(("lengths", "buckets"), [((9, 3, 30, 4), 3), ((7, 7, 7, 7), 1)])
 def test_gradients_of_a_pack_are_those_of_its_sequences_one_by_one(
     lengths: tuple[int, ...], buckets: int
@@ -190,9 +270,7 @@ def test_gradients_of_a_pack_are_those_of_its_sequences_one_by_one(
     pack = packed.pack(sequences, starts)
     assert len(pack.buckets.places) == buckets
     logprobs = packed.token_logprobs(packed.prepare(model), pack, [1.0, 0.6])[1]
-    pull = torch.cat([torch.tensor([1.0 + i % 3 for i in range(s, len(ids))])
-                      for ids, s in zip(sequences, starts, strict=True)])  # fmt: skip
-    (logprobs * pull).sum().backward()
+    (logprobs * pulls(sequences, starts)).sum().backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-4)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.trajectory import ScoredGroup, TopTokens
 from tests.builders import scored_group
-from trainer.batch import BadGroup, Batch, MicroBatch, check, fits, micro_batches, shares
+from trainer.batch import BadGroup, Batch, MicroBatch, check, families, fits, micro_batches, shares
 
 lengths = st.lists(st.integers(0, 50), min_size=1, max_size=12)
 
@@ -25,10 +25,99 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget(
     sizes: list[int], budget: int
 ) -> None:
     batch = batch_of(sizes)
-    parts = micro_batches(batch, range(len(sizes)), budget)
+    parts = [[i for (i,) in part] for part in micro_batches(batch, range(len(sizes)), budget)]
     assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
     for part in parts:
         assert len(part) == 1 or sum(int(batch.tokens[i]) for i in part) <= budget
+
+
+answers = st.lists(st.integers(1, 50), min_size=1, max_size=9)
+
+
+def batch_of_groups(groups: list[tuple[int, list[int]]]) -> Batch:
+    """Of the lengths of each group's prompt and answers."""
+    return Batch.of(
+        [
+            scored_group(["correct"] * len(sizes), order=i, lengths=sizes, prompt_length=prompt)
+            for i, (prompt, sizes) in enumerate(groups)
+        ]
+    )
+
+
+several = st.lists(st.tuples(st.integers(1, 60), answers), min_size=1, max_size=4)
+
+
+@given(several, st.integers(1, 300), st.booleans())
+def test_families_fill_micro_batches_as_their_packs_say(
+    groups: list[tuple[int, list[int]]], budget: int, whole: bool
+) -> None:
+    """Every answer once, after its own prompt; the tokens of the pack itself within the budget."""
+    batch = batch_of_groups(groups)
+    everything = torch.ones(len(batch.tokens), dtype=torch.bool)
+    together = fits(batch, everything, budget, share=True) if whole else None
+    made = micro_batches(batch, range(len(batch.tokens)), budget, together, share=True)
+    assert sorted(i for part in made for family in part for i in family) == list(
+        range(len(batch.tokens))
+    )
+    for part in made:
+        for family in part:
+            assert len(set(batch.group[family].tolist())) == 1
+        tokens = len(MicroBatch.of(batch, part, torch.device("cpu")).pack.token_ids)
+        assert tokens <= budget or [len(family) for family in part] == [1]
+    for group in range(len(groups)) if together is not None else ():
+        members = (batch.group == group).nonzero().flatten().tolist()
+        if together is not None and together[members[0]]:
+            assert any(set(members) <= {i for family in part for i in family} for part in made)
+
+
+def test_a_prompt_is_shared_where_that_spares_a_tenth_of_what_remains() -> None:
+    assert families(batch_of_groups([(16, [128] * 8)]), range(8), True) == [list(range(8))]
+    assert families(batch_of_groups([(16, [128] * 2)]), range(2), True) == [[0], [1]]
+    assert families(batch_of_groups([(100, [5])]), [0], True) == [[0]]
+    both = batch_of_groups([(100, [5, 5]), (2, [90, 90])])
+    assert families(both, [3, 0, 1, 2], True) == [[3], [2], [0, 1]]
+    assert families(both, range(4), False) == [[0], [1], [2], [3]]
+
+
+def test_ranks_split_a_family_only_where_that_leaves_the_busiest_less_to_do() -> None:
+    def dealt(*groups: tuple[int, list[int]], share: bool = True) -> list[list[int]]:
+        batch = batch_of_groups(list(groups))
+        return shares(batch, torch.ones(len(batch.tokens)), 2, pair_cost=0.0, share=share)
+
+    long = (60, [10] * 4)
+    assert dealt(long, long) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert dealt(long, long, share=False) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert dealt((10, [40] * 4)) == [[0, 2], [1, 3]]  # 90 each, and not 170 and nothing
+    assert dealt((100, [20, 20]), (10, [30] * 4)) == [[0, 1], [2, 3, 4, 5]]  # 140 and 130
+
+
+@given(several, st.integers(1, 4), st.floats(0, 0.5))
+def test_sharing_makes_no_rank_busier_than_it_would_be_without(
+    groups: list[tuple[int, list[int]]], ranks: int, pair_cost: float
+) -> None:
+    batch = batch_of_groups(groups)
+    once = torch.ones(len(batch.tokens))
+
+    def busiest(made: list[list[int]]) -> float:
+        """Counted one token at a time: what each costs and sees, a shared prompt's once."""
+        loads = []
+        for part in made:
+            kept = {int(batch.group[i]) for i in part}
+            load = 0.0
+            for group in kept:
+                prompt, sizes = groups[group]
+                mine = [int(batch.lengths[i]) for i in part if batch.group[i] == group]
+                pays = prompt * (len(sizes) - 1) >= 0.1 * (prompt + sum(sizes)) and len(sizes) > 1
+                copies = 1 if pays else len(mine)
+                load += copies * prompt * (1 + pair_cost * prompt)
+                load += sum(a * (1 + pair_cost * (a + 2 * prompt)) for a in mine)
+            loads.append(load)
+        return max(loads)
+
+    made = shares(batch, once, ranks, pair_cost=pair_cost, share=True)
+    apart = shares(batch, once, ranks, pair_cost=pair_cost)
+    assert sorted(i for part in made for i in part) == list(range(len(batch.tokens)))
+    assert busiest(made) <= busiest(apart) * (1 + 1e-5)
 
 
 @given(lengths, st.integers(1, 5), st.floats(0, 0.5), st.data())
@@ -77,7 +166,7 @@ def test_a_batch_does_not_depend_on_the_order_of_arrival(order: list[int]) -> No
 
 def test_a_micro_batch_lines_up_tokens_of_all_sources() -> None:
     group = scored_group(["correct", "incorrect"], lengths=[2, 3], teacher_nll=[0, 0.5])
-    micro = MicroBatch.of(Batch.of([group]), [1, 0], torch.device("cpu"))
+    micro = MicroBatch.of(Batch.of([group]), [[1], [0]], torch.device("cpu"))
     first, second = group.rollout.trajectories
     assert micro.pack.targets.tolist() == [*second.token_ids, *first.token_ids]
     assert micro.sequence.tolist() == [1, 1, 1, 0, 0]
@@ -134,7 +223,7 @@ def test_groups_that_have_room_stay_whole(sizes: list[int], budget: int) -> None
     ]
     batch = Batch.of(groups)
     together = fits(batch, batch.correct, budget)
-    parts = micro_batches(batch, range(6), budget, together)
+    parts = [[i for (i,) in part] for part in micro_batches(batch, range(6), budget, together)]
     assert sorted(i for part in parts for i in part) == list(range(6))
     for group in ({0, 1, 2}, {3, 4, 5}):
         assert bool(together[min(group)]) == (int(batch.tokens[list(group)].sum()) <= budget)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
@@ -112,6 +115,44 @@ def test_perplexities_come_from_the_forward_that_is_trained_on_where_a_group_has
         [p.grad for p in learner.model.parameters() if p.grad is not None],
         [p.grad for p in apart.model.parameters() if p.grad is not None],
     )
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_sharing_a_prompt_changes_no_gradient_and_no_perplexity(data: st.DataObject) -> None:
+    """Against learners that compute each prompt as often as it has answers, which are the
+    paper's. Groups of any size are whole, cut or spread as the budget has it."""
+    outcome = st.sampled_from(["correct", "incorrect", "unknown"])
+    made = []
+    for order in range(data.draw(st.integers(1, 3))):
+        outcomes = data.draw(st.lists(outcome, min_size=1, max_size=5))
+        sizes = st.lists(st.integers(0, 20), min_size=len(outcomes), max_size=len(outcomes))
+        length = data.draw(st.integers(1, 40))
+        made.append(
+            scored_group(
+                outcomes, order=order, lengths=data.draw(sizes), prompt_length=length,
+                score=("correct", "incorrect"),
+            )
+        )  # fmt: skip
+    budget = data.draw(st.integers(1, 60) | st.just(10_000))
+    kind = data.draw(st.sampled_from(["scope", "opd", "rft"]))
+    found = []
+    for share in (True, False):
+        config = settings(budget, kind=kind)
+        learner = Learner(tiny_model(), config, temperature=0.6)
+        learner._share = share
+        sums, stats = learner.backward(Batch.of(made), Clock())
+        gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
+        found.append((gradients, sums, stats.student_nll))
+    assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-3, atol=1e-4)
+
+
+def test_each_prompt_is_computed_once_a_micro_batch() -> None:
+    group = scored_group(["correct"] * 3, lengths=[7, 2, 5], prompt_length=20)
+    learner = Learner(tiny_model(), settings(kind="rft"), temperature=1.0)
+    seen, _ = forward_tokens(learner, Batch.of([group]))
+    assert seen == [20 + 6 + 1 + 4]  # the last token of an answer predicts nothing
 
 
 def top_groups(k: int) -> list[ScoredGroup]:
@@ -235,7 +276,9 @@ def forward_tokens(learner: Learner, batch: Batch) -> tuple[list[int], list[Tens
 def test_what_enters_no_loss_is_not_computed_and_changes_no_gradient(
     kind: str, computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One forward, the whole batch having room; counted in the tokens that it is given."""
+    """One forward, the whole batch having room; counted in the tokens that it is given, each
+    prompt as often as it has answers."""
+    monkeypatch.setattr("trainer.learner.can_share", lambda *_: False)
     batch = Batch.of(groups())
     made = Learner(tiny_model(), settings(kind=kind), temperature=0.6)
     seen, gradients = forward_tokens(made, batch)

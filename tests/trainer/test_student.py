@@ -26,11 +26,18 @@ from trainer.storage import Storage
 
 
 def groups() -> list[ScoredGroup]:
-    """Skewed lengths, and groups that two ranks have to split."""
+    """Skewed lengths, groups that two ranks have to split, and answers that share their prompt,
+    in one micro-batch and in several."""
     return [
         scored_group(["correct", "correct", "incorrect", "incorrect"], lengths=[4, 90, 3, 12]),
         scored_group(["correct", "correct", "correct"], order=1, lengths=[7, 2, 5]),
         scored_group(["incorrect", "unknown"], order=2, lengths=[6, 3]),
+        scored_group(
+            ["correct", "correct", "incorrect", "incorrect", "incorrect"],
+            order=3,
+            lengths=[6, 5, 5, 4, 3],
+            prompt_length=9,
+        ),
     ]
 
 
@@ -64,13 +71,15 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def made(way: str, *, alone: bool = False, seed: int = 0) -> Learner:
-    """A learner that works in this way, or, `alone`, in the plain one that it must agree with."""
+    """A learner that works in this way, or, `alone`, in the plain one that it must agree with,
+    which shares no prompt."""
     settings = WAYS[way]
     if alone:
         settings = {k: v for k, v in settings.items() if k == "lora"}
     student = model(tied="not tied" not in way, seed=seed)
     torch.manual_seed(1)
     learner = Learner(student, config(**settings), temperature=0.6)
+    learner._share = not alone
     with torch.no_grad():  # adapters begin at zero, where they have no gradient to speak of
         for name, p in learner.student.trained.items():
             if ".lora_B." in name:
@@ -175,6 +184,14 @@ def test_recomputed_activations_give_the_same_step_on_one_rank() -> None:
     for kind in ("gradients", "weights"):
         for name, tensor in expected[kind].items():
             _close(got[kind][name], tensor, False, f"{kind} {name}")
+
+
+def test_answers_share_their_prompt_in_bfloat16_on_one_rank() -> None:
+    """Autocast leaves queries and values in two precisions, which the kernel would refuse."""
+    got = outcome(Learner(model(), config(autocast="bfloat16"), temperature=0.6))
+    expected = outcome(made("replicas", alone=True))
+    for name, tensor in expected["gradients"].items():
+        _close(got["gradients"][name], tensor, True, name)
 
 
 @pytest.mark.slow
