@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast chaos hosts check docs format install clean
+.PHONY: demo test test-fast chaos hosts elastic check docs format install clean
 
 demo: install  ## distils the tiny teacher into the tiny student
 	$(BIN)/scope run deploy/runs/demo.yaml
@@ -22,6 +22,9 @@ chaos: install  ## a hundred kills of random parts of a real run (about an hour)
 
 hosts: install  ## three hosts by `ray up`, one cut off in the middle of a run (minutes; as root)
 	$(BIN)/python -m tests.deploy.hosts --json benchmarks/results/hosts.json
+
+elastic: install  ## nodes that the autoscaler brings and takes away under a run (minutes; as root)
+	$(BIN)/python -m tests.deploy.elastic --json benchmarks/results/elastic.json
 
 check: install  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -42,7 +42,7 @@ from rollout.feeder import Feeder
 from rollout.own_weights import OwnWeights
 from rollout.worker import RolloutWorker
 from services import trackers
-from services.config import Resources
+from services.config import HEAD
 from services.metrics import Recorder
 from services.redis_server import EmbeddedRedis, RedisUnavailable, examine, resolve_url
 from services.stage import EVAL, TRAIN, Connection, consumers_of
@@ -235,7 +235,7 @@ class Run:
         asked = config.teacher
         workers, capacity = (asked.workers, asked.capacity) if asked else _NO_TEACHER
         crew.staff(
-            "teacher", workers, TeacherWorker, Resources(cpus=0.0), connection, teachers,
+            "teacher", workers, TeacherWorker, HEAD, connection, teachers,
             chosen.teacher, config.trainer.objective.teacher_top, capacity=capacity,
         )  # fmt: skip
 

@@ -51,6 +51,11 @@ class Resources(Config):
     role on the nodes that are meant for it."""
 
 
+HEAD = Resources(cpus=0.0, custom={"node:__internal_head__": 0.001})
+"""A place on the head, for what reserves no CPU. Ray would put it on any node, and a node on which
+anything lives is never idle: no autoscaler takes it away."""
+
+
 class EngineConfig(Config):
     """What runs a model."""
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
+from services.config import HEAD
 from services.weights import Call, TransferFailed, Weights
 
 _CALL_S = 300.0  # how long an engine waits for the learner's next call
@@ -160,9 +161,16 @@ class StoreFeed:
 
 
 def start_store(name: str) -> Any:
-    """The run's store: a named Ray actor, started if it is not there yet."""
+    """The run's store: a named Ray actor on the head, started if it is not there yet."""
     return (
         ray.remote(WeightStore)
-        .options(name=name, get_if_exists=True, num_cpus=0, max_restarts=-1, max_concurrency=1000)
+        .options(
+            name=name,
+            get_if_exists=True,
+            num_cpus=HEAD.cpus,
+            resources=HEAD.custom,
+            max_restarts=-1,
+            max_concurrency=1000,
+        )
         .remote()
     )

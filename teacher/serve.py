@@ -28,6 +28,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
+from services.config import HEAD
 from services.redis_server import resolve_url
 from teacher.admission import Admission, Overloaded, RateLimit
 from teacher.api import ModelCard
@@ -237,7 +238,7 @@ def _bind(config: TeacherConfig, ring: KeyRing) -> serve.Application:
         max_queued_requests=_TURNED_AWAY,
         graceful_shutdown_timeout_s=max(one.drain_s for one in served.values()),
         graceful_shutdown_wait_loop_s=_DRAIN_POLL_S,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": HEAD.cpus, "resources": HEAD.custom},
     )
     bound: serve.Application = front.bind(served, ring, *models)
     return bound
