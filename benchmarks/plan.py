@@ -3,9 +3,12 @@
     python -m benchmarks.plan [--json FILE] [--only NAME …] [--runs DIRECTORY]
 
 Each row is a run of the demo in another configuration: what the plan said before it started, and
-what it then did, in seconds a step, its first fifth left out. All run on this machine alone, which
-must have nothing else to do, and learn so little that answers stay what they are. Each run takes
-most of a minute; those that --runs has already are not repeated.
+what it then did, in seconds a step, its first fifth and its emptying pipeline left out. All run on
+this machine alone, which must have nothing else to do, and learn so little that answers stay what
+they are. The first row is the run that gave the rates (does the arithmetic add up?), the last the
+same once more (how much is the machine's own doing?). `cores` is what a run's processes used: far
+less than there are, where the plan says that the cores limit, means that others used them. Each run
+takes most of a minute; those that --runs has already are not repeated.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,6 +45,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "n 4": ("sampling.n=4",),
     "groups_per_step 32": ("trainer.groups_per_step=32",),
     "2 rollout workers": ("rollout.workers=2",),
+    "the same again": (),
 }
 
 
@@ -48,6 +53,7 @@ def train(runs: Path, name: str, overrides: tuple[str, ...]) -> Path:
     """Runs the demo, unless it was run before; its directory."""
     if (runs / name / "export").exists():
         return runs / name
+    shutil.rmtree(runs / name, ignore_errors=True)  # of a run that was cut off
     command = "import sys; from deploy.cli import main; main(sys.argv[1:])"
     steps = BASE_STEPS if name == "base" else STEPS
     arguments = ["run", str(DEMO), f"runs_dir={runs}", f"name={name}", *COMMON, *overrides]
@@ -59,11 +65,16 @@ def train(runs: Path, name: str, overrides: tuple[str, ...]) -> Path:
     return runs / name
 
 
-def step_s(run_dir: Path) -> float:
-    """Seconds a step of a finished run, its first fifth left out."""
+def measured(run_dir: Path) -> tuple[float, float]:
+    """Seconds a step of a finished run, and the cores that its processes kept busy meanwhile. Left
+    out are its first fifth, and its last steps, for which nobody samples any more."""
     records = read(run_dir)
-    settled = records[max(2, len(records) // 5) :]
-    return float((settled[-1]["time"] - settled[0]["time"]) / (len(settled) - 1))
+    under_way = load(run_dir / "config.yaml").trainer.max_staleness + 1
+    settled = records[max(2, len(records) // 5) : -under_way]
+    first, last = settled[0], settled[-1]
+    took = last["time"] - first["time"]
+    used = sum(last[name] - first[name] for name in first if name.startswith("cpu_s/"))
+    return took / (len(settled) - 1), used / took
 
 
 def rows(names: tuple[str, ...], kept: Path | None) -> list[dict[str, object]]:
@@ -77,13 +88,15 @@ def rows(names: tuple[str, ...], kept: Path | None) -> list[dict[str, object]]:
             config = load(DEMO, [*COMMON, *VARIANTS[name]])
             made = plan.make(config, rates, cores=os.cpu_count() or 1)
             # The run that gave the rates is also a check of the arithmetic: that it adds up.
-            repeated = not VARIANTS[name]
-            own = base if repeated else train(directory, name.replace(" ", "-"), VARIANTS[name])
-            measured = step_s(own)
+            own = base
+            if name != "as measured":
+                own = train(directory, name.replace(" ", "-"), VARIANTS[name])
+            step_s, used = measured(own)
             found.append(
                 {"name": name, "predicted_s": round(made.step_s, 4),
-                 "measured_s": round(measured, 4), "ratio": round(made.step_s / measured, 3),
-                 "limit": made.limit.partition(":")[0].partition(",")[0], "unit": "s a step",
+                 "measured_s": round(step_s, 4), "ratio": round(made.step_s / step_s, 3),
+                 "cores": round(used, 2), "unit": "s a step",
+                 "limit": made.limit.partition(":")[0].partition(",")[0],
                  "machine": machine(), "date": datetime.date.today().isoformat()}
             )  # fmt: skip
             print(json.dumps(found[-1]), flush=True)
@@ -99,10 +112,10 @@ def main() -> None:
     options = parser.parse_args()
     found = rows(tuple(options.only), options.runs)
     table = Table(title="seconds a step")
-    for heading in ("run", "predicted", "measured", "ratio", "limited by"):
+    for heading in ("run", "predicted", "measured", "ratio", "cores", "limited by"):
         table.add_column(heading)
     for row in found[:-1]:
-        keys = ("name", "predicted_s", "measured_s", "ratio", "limit")
+        keys = ("name", "predicted_s", "measured_s", "ratio", "cores", "limit")
         table.add_row(*(str(row[key]) for key in keys))
     Console().print(table)
     if options.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -78,12 +79,21 @@ def render(status: dict[str, Any]) -> str:
     for name, report in sorted(status["workers"].items()):
         quiet = status["as_of"] - report["at"]
         if quiet < QUIET_S:
-            details = "".join(f", {value:g} {what}" for what, value in report["details"].items())
-            lines.append(f"  {name}: {report['done']} done, {report['active']} in work{details}")
+            said = [f"{report['done']} done", f"{report['active']} in work"]
+            said += [_detail(what, value) for what, value in report["details"].items()]
+            lines.append(f"  {name}: {', '.join(filter(None, said))}")
             if report["waiting_for"]:
                 waited = status["as_of"] - report["waiting_since"]
                 lines.append(f"    waiting for {waited:.0f} s: {report['waiting_for']}")
     return "\n".join(lines)
+
+
+def _detail(what: str, value: float) -> str:
+    """One of a worker's figures in words: `sampling_s` is in seconds."""
+    if what == "workers":  # each is one, for those who add them up
+        return ""
+    words, seconds = re.subn(r"_s(_|$)", r"\1", what)
+    return f"{words.replace('_', ' ')} " + (f"{value:.1f} s" if seconds else f"{value:,.0f}")
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:

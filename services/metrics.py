@@ -55,7 +55,7 @@ class Recorder:
         if step <= self._last_step:
             self._drop_from(step)
         self._last_step = step
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(_line(record))
         metrics = {
             name: value
             for name, value in record.items()
@@ -70,7 +70,7 @@ class Recorder:
         """Appends trajectories for people to look at; `samples` of a step that is trained again
         follow those of the first time, and `read_samples` gives the last."""
         with (self._path.parent / "trajectories.jsonl").open("a") as file:
-            file.writelines(json.dumps(sample) + "\n" for sample in samples)
+            file.writelines(map(_line, samples))
 
     def _drop_from(self, step: int) -> None:
         self._file.close()
@@ -82,14 +82,29 @@ class Recorder:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """All whole records of a run; a line torn by a crash is left out."""
-    return _lines(run_dir / "metrics.jsonl")
+    """All whole records of a run; a line torn by a crash is left out. What has no value in a step
+    (the file says null) is NaN."""
+    records = _lines(run_dir / "metrics.jsonl")
+    return [{n: math.nan if v is None else v for n, v in record.items()} for record in records]
 
 
 def read_samples(run_dir: Path) -> list[dict[str, Any]]:
     """The trajectories that a run shows, each prompt of a step once."""
     found = {(s["step"], s["prompt"]): s for s in _lines(run_dir / "trajectories.jsonl")}
     return list(found.values())
+
+
+def _line(value: Any) -> str:
+    """As JSON, which knows no NaN and no infinity: null stands for both."""
+    return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return [*map(_finite, value)] if isinstance(value, list | tuple) else value
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

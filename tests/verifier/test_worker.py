@@ -173,7 +173,7 @@ async def test_the_queue_and_the_slow_show_in_the_status_and_the_metrics(
     queue = ("verifier/waiting", "verifier/slow", "verifier/replaced")
     assert [metrics[name] for name in queue] == [1, 1, 1]
     status = {**summary(await streams.ledger()), "workers": reports, "as_of": time.time()}
-    assert "0 done, 1 in work, 1 waiting, 1 slow, 1 replaced" in render({**status, "live": True})
+    assert "0 done, 1 in work, waiting 1, slow 1, replaced 1" in render({**status, "live": True})
 
 
 async def test_evaluation_prompts_stay_in_their_lane(
