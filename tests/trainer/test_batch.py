@@ -20,6 +20,7 @@ def batch_of(sizes: list[int]) -> Batch:
     return Batch.of([scored_group(["correct"] * len(sizes), lengths=sizes)])
 
 
+@settings(deadline=None)
 @given(lengths, st.integers(1, 200))
 def test_micro_batches_hold_every_sequence_once_within_the_budget(
     sizes: list[int], budget: int
@@ -47,6 +48,7 @@ def batch_of_groups(groups: list[tuple[int, list[int]]]) -> Batch:
 several = st.lists(st.tuples(st.integers(1, 60), answers), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(several, st.integers(1, 300), st.booleans())
 def test_families_fill_micro_batches_as_their_packs_say(
     groups: list[tuple[int, list[int]]], budget: int, whole: bool
@@ -91,6 +93,7 @@ def test_ranks_split_a_family_only_where_that_leaves_the_busiest_less_to_do() ->
     assert dealt((100, [20, 20]), (10, [30] * 4)) == [[0, 1], [2, 3, 4, 5]]  # 140 and 130
 
 
+@settings(deadline=None)
 @given(several, st.integers(1, 4), st.floats(0, 0.5))
 def test_sharing_makes_no_rank_busier_than_it_would_be_without(
     groups: list[tuple[int, list[int]]], ranks: int, pair_cost: float
@@ -120,6 +123,7 @@ def test_sharing_makes_no_rank_busier_than_it_would_be_without(
     assert busiest(made) <= busiest(apart) * (1 + 1e-5)
 
 
+@settings(deadline=None)
 @given(lengths, st.integers(1, 5), st.floats(0, 0.5), st.data())
 def test_ranks_share_everything_once_and_fairly(
     sizes: list[int], ranks: int, pair_cost: float, data: st.DataObject
@@ -216,6 +220,7 @@ def test_the_most_likely_tokens_are_missed_where_a_divergence_needs_them() -> No
             check(dataclasses.replace(group, teacher_top={1: tokens}), "incorrect", top=4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=6, max_size=6), st.integers(20, 300))
 def test_groups_that_have_room_stay_whole(sizes: list[int], budget: int) -> None:
     groups = [
