@@ -200,7 +200,9 @@ def shares(
             made[lightest] += unit
         return [sorted(part) for part in made]
 
-    ways = [dealt(kept), dealt([[i] for i in needed])]
+    ways = [dealt(kept)]
+    if len(kept) < len(needed):
+        ways.append(dealt([[i] for i in needed]))
     return min(ways, key=lambda made: max(map(work, made)))
 
 

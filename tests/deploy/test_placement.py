@@ -83,6 +83,7 @@ CLUSTER = """
     from deploy.crew import Crew
     from deploy.placement import NoRoom, Role, roles, wait_for_room
     from services.config import Resources
+    from services.weight_store import start_store
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
     for _ in range(2):
@@ -160,6 +161,11 @@ CLUSTER = """
             ray.kill(ray.get_actor(name))
         return found
     assert len(set(asyncio.run(nodes()))) == 2
+    # The weight store, which reserves nothing, keeps no node but the head from being given back.
+    stores = [start_store(f"store-{number}") for number in range(5)]
+    node = lambda _: ray.get_runtime_context().get_node_id()
+    head = next(n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"])
+    assert set(ray.get([s.__ray_call__.remote(node) for s in stores])) == {head}
     ray.shutdown()
     cluster.shutdown()
 """
