@@ -34,7 +34,7 @@ ENDS = list(range(1, VOCAB, 94))
 STEPS = 10
 WARM_UP = 4  # our first steps wait for nothing to be in flight yet
 TRL_STEPS = 2
-TRL_MICRO = (8, 32)
+TRL_MICRO = (8, 32, 64)
 UNIT = "trained tokens/s, generation and scoring included"
 
 
