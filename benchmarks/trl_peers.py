@@ -9,6 +9,7 @@ side from the batch, so that only the learner's work is timed.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,22 +132,26 @@ class FrozenDistillation(DistillationTrainer):  # type: ignore[misc]
 
 
 class CountingIWOPD(IWOPDTrainer):  # type: ignore[misc]
-    """Counts the tokens that it trains on."""
+    """Counts the tokens that each step trains on."""
 
-    trained_tokens = 0
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.trained_tokens: Counter[int] = Counter()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self.trained_tokens += int((inputs["labels"] != -100).sum())
+        self.trained_tokens[self.state.global_step] += int((inputs["labels"] != -100).sum())
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class CountingDistillation(DistillationTrainer):  # type: ignore[misc]
-    """Counts the tokens that it trains on."""
+    """Counts the tokens that each step trains on."""
 
-    trained_tokens = 0
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.trained_tokens: Counter[int] = Counter()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        self.trained_tokens += int(inputs["completion_mask"].sum())
+        self.trained_tokens[self.state.global_step] += int(inputs["completion_mask"].sum())
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
