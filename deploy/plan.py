@@ -24,7 +24,7 @@ from rich.console import Group
 from rich.table import Table
 
 from deploy.config import ConfigError, RunConfig, called
-from deploy.rates import Rates, Work, needs_mixed, teachers_of, work_of
+from deploy.rates import Rates, Work, answers_of, needs_mixed, teachers_of, work_of
 from teacher.config import TeacherModel
 from trainer.objectives import objective
 
@@ -132,6 +132,7 @@ class _Cluster:
 
     def __init__(self, config: RunConfig, rates: Rates) -> None:
         self.rates = rates
+        self._config = config
         self._teachers = teachers_of(config)
         self.steps = config.trainer.max_staleness + 1
         # A prompt goes to one engine: more engines than prompts under way have nothing to do.
@@ -181,9 +182,9 @@ class _Cluster:
         may be arrays."""
         rates, work = self.rates, self.work(learner)
         assert rates.rollout and rates.learner
-        sampling = work.sampled_tokens / (
-            rates.rollout.tokens_per_s * np.minimum(rollout, self._most)
-        )
+        engines = np.minimum(rollout, self._most)
+        each = rates.rollout.tokens_per_s_of(answers_of(self._config, engines))
+        sampling = work.sampled_tokens / (each * engines)
         if rates.rollout.token_s and rates.workload.longest_tokens:
             alone = rates.workload.longest_tokens * rates.rollout.token_s
             sampling = np.maximum(sampling, alone)
@@ -303,8 +304,12 @@ def _shared(config: RunConfig, rates: Rates, cores: float, notes: list[str]) -> 
             raise _missing("teacher")
         _check_names(teachers, rates)
         scoring = work.scored_tokens * cpu.teacher_token_s
+    sampling = work.sampled_tokens * cpu.rollout_token_s
+    if engine := rates.rollout:
+        answers = answers_of(config, units.rollout)
+        sampling *= float(engine.tokens_per_s / engine.tokens_per_s_of(answers))
     used = {
-        "rollout": work.sampled_tokens * cpu.rollout_token_s,
+        "rollout": sampling,
         "verifier": work.verdicts * cpu.verdict_s,
         "teacher": scoring,
         "learner": work.learned_tokens * cpu.learner_token_s + cpu.learner_step_s,

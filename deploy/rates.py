@@ -74,6 +74,22 @@ class RolloutRate(Config):
     """Of the engine that was measured."""
     token_s: float | None = Field(default=None, gt=0)
     """Seconds a token of one answer alone in an engine: no number of engines makes it shorter."""
+    sequences: float | None = Field(default=None, ge=1)
+    """Answers in one forward, on average."""
+    answers: float | None = Field(default=None, ge=1)
+    """Of one step, that an engine was given: see `answers_of`."""
+
+    def tokens_per_s_of(self, answers: Any) -> Any:
+        """The rate of an engine that is given another number of answers (may be an array). As
+        many more or fewer are in a forward, whose seconds are a line through the one that was
+        measured and the one of a single answer."""
+        if None in (self.token_s, self.sequences, self.answers) or self.sequences == 1:
+            return self.tokens_per_s + 0.0 * answers
+        assert self.token_s and self.sequences and self.answers
+        forward_s = self.sequences / self.tokens_per_s
+        slope = max(0.0, forward_s - self.token_s) / (self.sequences - 1)
+        inside = np.maximum(1.0, self.sequences * answers / self.answers)
+        return inside / (forward_s + slope * (inside - self.sequences))
 
 
 class TeacherRate(Config):
@@ -180,16 +196,14 @@ def of_records(config: RunConfig, records: Records, *, about: str) -> Rates:
         _grown(records, f"rollout/{n}") for n in ("sampled_tokens", "sampling_s")
     )
     verdicts, judging_s = (_grown(records, f"verifier/{n}") for n in ("verdicts", "judging_s"))
-    scored, engine = _grown(records, "teacher/tokens"), config.rollout.resources
+    scored = _grown(records, "teacher/tokens")
     teachers = _teachers(config, records)
     learned = _learned_tokens(config, later, workload)
     learning_s = sum(_total(later, name) for name in _LEARNING)
     return Rates(
         about=about,
         workload=workload,
-        rollout=RolloutRate(tokens_per_s=sampled / sampling_s, gpus=engine.gpus)
-        if sampled and sampling_s
-        else None,
+        rollout=_rollout(config, records, sampled / sampling_s) if sampled and sampling_s else None,
         verifier=VerifierRate(verdicts_per_s=verdicts / judging_s)
         if verdicts and judging_s
         else None,
@@ -203,6 +217,31 @@ def of_records(config: RunConfig, records: Records, *, about: str) -> Rates:
         cpu=_cpu(records, sampled, verdicts, scored, learned),
         sampler=objective(config.trainer.objective).sampler,
     )
+
+
+def _rollout(config: RunConfig, records: Records, tokens_per_s: float) -> RolloutRate:
+    gpus, forwards = config.rollout.resources.gpus, _grown(records, "rollout/forwards")
+    last = records[-1]
+    alone_us = last.get("rollout/forward_us", 0.0) / last.get("rollout/workers", 1.0)
+    if not (forwards and alone_us):
+        return RolloutRate(tokens_per_s=tokens_per_s, gpus=gpus)
+    return RolloutRate(
+        tokens_per_s=tokens_per_s,
+        gpus=gpus,
+        token_s=alone_us / 1e6,
+        sequences=max(1.0, _grown(records, "rollout/sampled_tokens") / forwards),
+        answers=answers_of(config, config.rollout.workers),
+    )
+
+
+def answers_of(config: RunConfig, workers: Any) -> Any:
+    """How many answers of a step each of so many engines has to sample at once, at most. The
+    count may be an array."""
+    n, rollout = config.sampling.n, config.rollout
+    room = n * rollout.capacity
+    if rollout.engine.kind != "vllm":
+        room = min(room, max(n, rollout.batch_sequences))
+    return np.clip(config.trainer.groups_per_step * n / workers, n, room)
 
 
 def perplexity_apart(config: RunConfig, workload: Workload) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from rollout.config import RolloutConfig
+from rollout.pace import Pace
 from services import engines
 from services.engines import EngineError
 from services.models import end_tokens, probe_difference
@@ -37,6 +38,11 @@ class Sampled:
 
 class Engine(Protocol):
     """Samples from the student. Calls may be concurrent."""
+
+    @property
+    def pace(self) -> Pace | None:
+        """What its decoding costs; None where the engine does not tell."""
+        ...
 
     async def sample(self, prompt_ids: Sequence[int], sampling: Sampling) -> Sampled:
         """`sampling.n` completions of a prompt; the same ones for the same seed and weights.

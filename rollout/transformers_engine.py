@@ -12,8 +12,10 @@ decoded, `T` longest completion, `V` vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from rollout.engine import (
     check_probe,
     check_request,
 )
+from rollout.pace import Pace
 from rollout.prepacked import prepack
 from services.batching import Batcher
 from services.stage import Unavailable
@@ -69,6 +72,7 @@ class TransformersEngine:
         batch_sequences: int,
         probe_tolerance: float,
     ) -> None:
+        self.pace = Pace()
         self._model = prepare(model)
         self._end_tokens = end_tokens
         self._tolerance = probe_tolerance
@@ -97,7 +101,7 @@ class TransformersEngine:
     def _sample(self, requests: Sequence[Request]) -> list[Sampled]:
         if self._version is None:
             raise Unavailable("the engine has no weights that passed the probe")
-        groups = sample_groups(self._model, requests, self._end_tokens)
+        groups = sample_groups(self._model, requests, self._end_tokens, self.pace)
         return [Sampled(tuple(group), self._version) for group in groups]
 
     def _load(self, weights: Weights) -> None:
@@ -145,9 +149,12 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @torch.inference_mode()
 def sample_groups(
-    model: PreTrainedModel, requests: Sequence[Request], end_tokens: Sequence[int]
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    end_tokens: Sequence[int],
+    pace: Pace | None = None,
 ) -> list[list[Completion]]:
-    """Samples all groups in one batch.
+    """Samples all groups in one batch; `pace` sees how long its forwards took.
 
     Raises:
         SamplingError: the model computed logits that are no numbers.
@@ -157,11 +164,15 @@ def sample_groups(
     logits_AV = logits_BV[rows.prompt_R]
     cache.batch_select_indices(rows.prompt_R)
     _make_room(cache)
+    counts: list[int] = []
+    stamps: list[float] = []
     for step in range(rows.longest):
         rows.choose(step, logits_AV)
-        kept = rows.drop_finished()
+        kept = rows.drop_finished()  # waits for the device
+        stamps.append(time.perf_counter())
         if not rows.count:
             break
+        counts.append(rows.count)
         if kept is not None:
             cache.batch_select_indices(kept)
         logits_AV = model(
@@ -171,6 +182,8 @@ def sample_groups(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
+    if pace is not None:
+        pace.saw(counts, [later - sooner for sooner, later in pairwise(stamps)])
     return rows.completions()
 
 

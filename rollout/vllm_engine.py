@@ -103,6 +103,8 @@ class VLLMEngine:
         services.models.ModelError: there is no such model.
     """
 
+    pace = None  # its forwards are those of another process
+
     def __init__(self, config: RolloutConfig, model_path: str) -> None:
         self._end_tokens = list(end_tokens(model_path))
         self._shapes = parameter_shapes(model_path)

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rollout.config import RolloutConfig
 from rollout.engine import Completion, Engine, build_engine
+from rollout.pace import Pace
 from services.models import load_tokenizer
 from services.stage import EVAL, TRAIN, Busy, Connection, Stage, Unavailable, end, new_consumer
 from services.trajectory import Prompt, RolloutGroup, Trajectory, decode, encode
@@ -70,6 +71,7 @@ class RolloutWorker:
         self._stopping = asyncio.Event()
         self._busy = Busy()
         self._prompts = self._sampled_tokens = 0
+        self._pace: Pace | None = None
 
     async def run(self) -> None:
         """Works until `stop`; then finishes the prompts that it holds.
@@ -84,6 +86,7 @@ class RolloutWorker:
         async with AsyncExitStack() as resources:
             engine = await asyncio.to_thread(build_engine, self._config, self._model_path)
             resources.push_async_callback(engine.close)
+            self._pace = engine.pace
             tokenizer = await asyncio.to_thread(load_tokenizer, self._model_path)
             if not await self._load_first(engine):
                 return
@@ -114,12 +117,16 @@ class RolloutWorker:
         self._stopping.set()
 
     def _details(self) -> dict[str, float]:
-        return {
+        told = {
             "workers": 1.0,
             "prompts": float(self._prompts),
             "sampled_tokens": float(self._sampled_tokens),
             "sampling_s": self._busy.seconds,
         }
+        if self._pace is not None:
+            told["forwards"] = float(self._pace.forwards)
+            told["forward_us"] = 1e6 * (self._pace.alone_s or 0.0)
+        return told
 
     # ------------------------------------------------------------------------------ prompts
 

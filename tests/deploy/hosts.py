@@ -6,8 +6,9 @@
 
 Each host is a network namespace with an address, processes, mounts, a home and an sshd of its own.
 The real `ray up` brings the cluster up from the real deploy/clusters/onprem.yaml, of which only the
-addresses and the key are ours; `scope run --address` submits the demo; one host is cut off for
-good; and the run must finish with an exact ledger. What a host logged is kept when it does not.
+addresses and the key are ours; `scope run --address` submits the demo; one host is cut off, and its
+work taken over; it is plugged in again, and a worker more sent there; and the run must finish with
+an exact ledger. What a host logged is kept when it does not.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from services.redis_server import find_binary
 
 ROOT = Path(__file__).parents[2]
 VENV = Path(sys.executable).parent.parent
-STEPS, GROUPS, CUT_AT = 24, 16, 3
+STEPS, GROUPS, CUT_AT = 500, 16, 3
 LAPTOP = "scope-laptop"
 TOKEN = "0123456789abcdef0123456789abcdef"
 
@@ -167,6 +168,13 @@ def status(directory: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def sampled(found: dict[str, Any], worker: str) -> bool:
+    """Whether a worker has finished anything."""
+    return any(
+        report["done"] for name, report in found["workers"].items() if name.startswith(worker)
+    )
+
+
 def prepare(directory: Path) -> Path:
     """The laptop's home, and the cluster's file with our addresses and key."""
     (directory / "laptop/.ray").mkdir(parents=True)
@@ -208,9 +216,10 @@ def follow(directory: Path, cluster: Path, story: Story) -> None:
         f"runs_dir={directory}/runs", f"redis.url=redis://{HOSTS[0].address}:6380",
         f"trainer.max_steps={STEPS}", f"trainer.groups_per_step={GROUPS}", "evaluation=null",
         "ray.num_cpus=null", "ray.wait_for_nodes_s=240", "rollout.workers=2",
-        "trainer.resources.custom={learner: 0.01}", "rollout.resources.custom={rollout: 0.01}",
+        # A host has room for two rollout workers: a third can only be on the one that came back.
+        "trainer.resources.custom={learner: 0.01}", "rollout.resources.custom={rollout: 0.5}",
         "teacher.resources.custom={teacher: 0.01}", "teacher.host=0.0.0.0",
-        "stage.lease_s=5", "trainer.checkpoint.every_steps=8",
+        "stage.lease_s=5", "trainer.checkpoint.every_steps=80", "data.epochs=30",
         stdout=output.open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -229,7 +238,16 @@ def follow(directory: Path, cluster: Path, story: Story) -> None:
         step()
         time.sleep(0.2)
     story.say("the rollout worker of that host was found dead")
-    assert submitted.wait(timeout=400) == 0, f"the run failed:\n{output.read_text()[-3000:]}"
+    run("ip", "-n", LAPTOP, "link", "set", HOSTS[1].name, "up")
+    story.say("the host is plugged in again")
+    asked = laptop(
+        directory, "scope", "scale", directory / "runs/demo", "rollout=3", "--address", HEAD
+    )
+    assert asked.wait(timeout=60) == 0
+    while not sampled(status(directory, "demo"), "demo-rollout-2"):
+        step()
+    story.say(f"step {step()}: a third rollout worker, for which only that host has room, sampled")
+    assert submitted.wait(timeout=600) == 0, f"the run failed:\n{output.read_text()[-3000:]}"
     story.say("the run is done")
     found = status(directory, "demo")
     assert found["step"] == STEPS

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from deploy import plan
 from deploy.cli import main
 from deploy.config import ConfigError, RunConfig, load, load_other
-from deploy.rates import Rates, Workload, learned_of, of_records, of_run, work_of
+from deploy.rates import Rates, RolloutRate, Workload, learned_of, of_records, of_run, work_of
 from services.metrics import read
 from tests.deploy.conftest import ROOT
 from trainer.objectives import SequenceStats, entering, objective
@@ -337,6 +338,39 @@ def test_rates_of_known_records() -> None:
     assert rates.cpu.learner_token_s == pytest.approx(5 / learned)
     assert rates.cpu.learner_step_s == pytest.approx(2)
     assert rates.cpu.other_cores == pytest.approx(0.2)
+
+
+def test_an_engine_with_other_answers_at_once() -> None:
+    rate = RATES.rollout
+    assert rate and rate.tokens_per_s_of(7.0) == 2000  # nothing is known of its forwards
+    known = RolloutRate(tokens_per_s=1000, token_s=0.0055, sequences=10, answers=20)
+    # A forward of ten takes 10 ms and each answer in it 0.5 ms.
+    assert known.tokens_per_s_of(20) == pytest.approx(1000)
+    assert known.tokens_per_s_of(np.array([10, 40])) == pytest.approx([5 / 0.0075, 20 / 0.015])
+    assert known.tokens_per_s_of(1) == pytest.approx(1 / 0.0055)
+
+
+def test_how_many_answers_an_engine_is_given() -> None:
+    config = load(DEMO, ["trainer.groups_per_step=16", "rollout.capacity=8"])
+    assert plan.answers_of(config, 1) == 8 * 8  # its capacity
+    assert plan.answers_of(config, np.array([4, 100])).tolist() == [4 * 8, 8]
+    config = load(DEMO, ["trainer.groups_per_step=64", "rollout.batch_sequences=100"])
+    assert plan.answers_of(config, 1) == 100
+
+
+def test_fewer_answers_to_a_prompt_cost_more_each() -> None:
+    records = _records(12)
+    for n, record in enumerate(records, start=1):
+        # 20 in a forward of 5 s / 512; alone it takes half as long
+        record |= {"rollout/workers": 1.0, "rollout/forwards": 512.0 * n,
+                   "rollout/forward_us": 5e6 / 512 / 2}  # fmt: skip
+    rates = of_records(load(DEMO), records, about="known")
+    assert rates.rollout and rates.rollout.sequences == pytest.approx(20)
+    assert rates.rollout.answers == 16 * 8
+    half = plan.make(load(DEMO, ["sampling.n=4"]), rates, cores=2)
+    # Half the answers in as many forwards: 10 more than one are 9/19 of the way to 20.
+    sampling = next(role for role in half.roles if role.name == "rollout")
+    assert sampling.seconds == pytest.approx(5.12 * (1 + 9 / 19) / 2)
 
 
 def test_a_replaced_worker_takes_no_work_back() -> None:
