@@ -201,6 +201,38 @@ class Story:
         print(f"{self.seconds[what]:5.0f} s  {what}", flush=True)
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """The run on the cluster, as the laptop sees it."""
+
+    directory: Path
+    process: subprocess.Popen[str]
+
+    def said(self) -> str:
+        return (self.directory / "run.log").read_text()
+
+    def step(self) -> int:
+        """How far it is; raises when it has ended."""
+        assert self.process.poll() is None, f"the run ended early:\n{self.said()[-3000:]}"
+        ledger = self.directory / "runs/demo/ledger.json"
+        return int(json.loads(ledger.read_text())["step"]) if ledger.exists() else -1
+
+
+def submit(directory: Path) -> Submitted:
+    process = laptop(
+        directory, "scope", "run", "deploy/runs/demo.yaml", "--address", HEAD,
+        f"runs_dir={directory}/runs", f"redis.url=redis://{HOSTS[0].address}:6380",
+        f"trainer.max_steps={STEPS}", f"trainer.groups_per_step={GROUPS}", "evaluation=null",
+        "ray.num_cpus=null", "ray.wait_for_nodes_s=240", "rollout.workers=2",
+        # A host has room for two rollout workers: a third can only be on the one that came back.
+        "trainer.resources.custom={learner: 0.01}", "rollout.resources.custom={rollout: 0.5}",
+        "teacher.resources.custom={teacher: 0.01}", "teacher.host=0.0.0.0",
+        "stage.lease_s=5", "trainer.checkpoint.every_steps=80", "data.epochs=30",
+        stdout=(directory / "run.log").open("w"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return Submitted(directory, process)
+
+
 def follow(directory: Path, cluster: Path, story: Story) -> None:
     """The whole story; raises when something is not as it must be."""
     log = directory / "ray-up.log"
@@ -210,45 +242,48 @@ def follow(directory: Path, cluster: Path, story: Story) -> None:
     )  # fmt: skip
     assert up.wait(timeout=300) == 0, f"ray up failed:\n{log.read_text()[-3000:]}"
     story.say("ray up is done")
-    output = directory / "run.log"
-    submitted = laptop(
-        directory, "scope", "run", "deploy/runs/demo.yaml", "--address", HEAD,
-        f"runs_dir={directory}/runs", f"redis.url=redis://{HOSTS[0].address}:6380",
-        f"trainer.max_steps={STEPS}", f"trainer.groups_per_step={GROUPS}", "evaluation=null",
-        "ray.num_cpus=null", "ray.wait_for_nodes_s=240", "rollout.workers=2",
-        # A host has room for two rollout workers: a third can only be on the one that came back.
-        "trainer.resources.custom={learner: 0.01}", "rollout.resources.custom={rollout: 0.5}",
-        "teacher.resources.custom={teacher: 0.01}", "teacher.host=0.0.0.0",
-        "stage.lease_s=5", "trainer.checkpoint.every_steps=80", "data.epochs=30",
-        stdout=output.open("w"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-    def step() -> int:
-        ledger = directory / "runs/demo/ledger.json"
-        assert submitted.poll() is None, f"the run ended early:\n{output.read_text()[-3000:]}"
-        return int(json.loads(ledger.read_text())["step"]) if ledger.exists() else -1
-
+    submitted = submit(directory)
     for wanted, what in ((0, "the workers are up"), (CUT_AT, "cutting one host off")):
-        while step() < wanted:
+        while submitted.step() < wanted:
             time.sleep(0.2)
-        story.say(f"step {step()}: {what}")
+        story.say(f"step {submitted.step()}: {what}")
+    cut(submitted, story)
+    plug_in(submitted, story)
+    ended = submitted.process.wait(timeout=600)
+    assert ended == 0, f"the run failed:\n{submitted.said()[-3000:]}"
+    story.say("the run is done")
+    check(directory, story)
+
+
+def cut(submitted: Submitted, story: Story) -> None:
+    """Cuts a host off and waits until its work is taken over."""
     run("ip", "-n", LAPTOP, "link", "set", HOSTS[1].name, "down")
     died = re.compile(r"^demo-rollout-\d+ died; starting it again$", re.MULTILINE)
-    while not died.search(output.read_text()):
-        step()
+    while not died.search(submitted.said()):
+        submitted.step()
         time.sleep(0.2)
     story.say("the rollout worker of that host was found dead")
+
+
+def plug_in(submitted: Submitted, story: Story) -> None:
+    """Brings the host back and waits until it works again."""
     run("ip", "-n", LAPTOP, "link", "set", HOSTS[1].name, "up")
     story.say("the host is plugged in again")
+    directory = submitted.directory
     asked = laptop(
         directory, "scope", "scale", directory / "runs/demo", "rollout=3", "--address", HEAD
     )
     assert asked.wait(timeout=60) == 0
     while not sampled(status(directory, "demo"), "demo-rollout-2"):
-        step()
-    story.say(f"step {step()}: a third rollout worker, for which only that host has room, sampled")
-    assert submitted.wait(timeout=600) == 0, f"the run failed:\n{output.read_text()[-3000:]}"
-    story.say("the run is done")
+        submitted.step()
+    story.say(
+        f"step {submitted.step()}: a third rollout worker, for which only that host has room, "
+        f"sampled"
+    )
+
+
+def check(directory: Path, story: Story) -> None:
+    """The ledger of the finished run."""
     found = status(directory, "demo")
     assert found["step"] == STEPS
     assert found["fed"] == found["trained"] == STEPS * GROUPS
