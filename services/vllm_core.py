@@ -88,6 +88,7 @@ for name in names:
     except FileNotFoundError:
         pass
 """
+_END_S = 20.0  # for what is left of a process that was killed
 _SHARED = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|vllm_)\S+")
 
 
@@ -98,7 +99,8 @@ class Running:
     def __init__(self, make: Callable[[], AsyncLLM]) -> None:
         before = set(multiprocessing.active_children())
         self.llm = make()
-        pids = [child.pid for child in set(multiprocessing.active_children()) - before if child.pid]
+        self._children = set(multiprocessing.active_children()) - before
+        pids = [child.pid for child in self._children if child.pid]
         self._watchdog = subprocess.Popen(
             [sys.executable, "-c", _WATCHDOG, *(f"{pid}:{_started(pid)}" for pid in pids)],
             stdin=subprocess.PIPE,
@@ -113,6 +115,8 @@ class Running:
         """Ends vLLM's processes."""
         await asyncio.to_thread(self.llm.shutdown)
         await asyncio.to_thread(self._watchdog.communicate)
+        for child in self._children:  # its first thread can be gone before its others are
+            await asyncio.to_thread(child.join, _END_S)
 
 
 def shared_memory(pids: Sequence[int]) -> set[str]:

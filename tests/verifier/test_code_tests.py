@@ -303,7 +303,8 @@ async def test_a_program_that_the_machine_had_no_time_for_is_not_incorrect(
         judging = asyncio.create_task(level.judge("while True: pass", json.dumps(SUM)))
         program = await program_of(judging)
         program.cpu_affinity([crowded])
-        os.sched_setscheduler(program.pid, os.SCHED_IDLE, os.sched_param(0))
+        # It runs for a moment every tenth of a second: the kernel counts a wait when it is over.
+        program.nice(min(19, os.nice(0) + 10))
         assert await judging == Verdict(
             "unknown",
             "the program did not get 2 s of a processor within 2 s",
