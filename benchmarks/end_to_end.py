@@ -43,17 +43,17 @@ def rows() -> list[Row]:
         directory = Path(name)
         prompts = _prepare(directory)
         ours = _ours(directory)
-        found = {}
+        results = {}
         for kind in ("IWOPDTrainer", "DistillationTrainer"):
             rates = {}
             for micro in TRL_MICRO:
                 rates[micro] = _trl(kind, directory, prompts, micro)
                 _say(f"TRL {kind}, {micro} sequences a forward: {rates[micro]:,.0f}")
             best = max(rates, key=lambda m: rates[m])
-            found[kind] = (rates[best], f"its best of {TRL_MICRO}: {best} sequences a forward")
+            results[kind] = (rates[best], f"its best of {TRL_MICRO}: {best} sequences a forward")
     return [
         Row(f"end to end: TRL {kind}", ours, rate, UNIT, machine(), note=note)
-        for kind, (rate, note) in found.items()
+        for kind, (rate, note) in results.items()
     ]
 
 
@@ -79,7 +79,9 @@ def _prepare(directory: Path) -> list[str]:
          "reward_model": {"ground_truth": "no answer is this", "style": "rule"}}
         for p in prompts
     ]  # fmt: skip
-    (directory / "prompts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (directory / "prompts.jsonl").write_text(
+        "".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8"
+    )
     return prompts
 
 
@@ -94,21 +96,24 @@ def _ours(directory: Path) -> float:
                     "resources": {"cpus": 0.5}},
         "verifier": {"kind": "exact", "resources": {"cpus": 0.1}},
         "teacher": {"model": str(directory / "teacher"), "engine": {"kind": "transformers"},
-                    "resources": {"cpus": 0.5}, "port": 0},
+                    "resources": {"cpus": 0.5}},
+        "scoring": {"port": 0},
         "trainer": {"objective": {"kind": "opd"}, "optimizer": {"lr": 1e-6}, "torch_threads": 1,
                     "groups_per_step": PROMPTS, "micro_batch_tokens": 2048,
                     "resources": {"cpus": 0.5}, "checkpoint": {"every_steps": 1000}},
         "ray": {"num_cpus": 4, "dashboard": False},
         "runs_dir": str(directory / "runs"),
     }  # fmt: skip
-    (directory / "run.yaml").write_text(yaml.safe_dump(config))
+    (directory / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = "import sys; from deploy.cli import main; main(sys.argv[1:])"
     subprocess.run(
         [sys.executable, "-c", command, "run", str(directory / "run.yaml")],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    metrics = (directory / "runs" / "bench" / "metrics.jsonl").read_text().splitlines()
+    metrics = (
+        (directory / "runs" / "bench" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     steps = [json.loads(line) for line in metrics][WARM_UP - 1 :]
     tokens = sum(step["tokens/trained"] for step in steps[1:])
     rate = float(tokens / (steps[-1]["time"] - steps[0]["time"]))

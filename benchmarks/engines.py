@@ -234,7 +234,7 @@ def machine() -> dict[str, Any]:
     """Where and when the figures were taken."""
     names = {
         line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if line.startswith("model name")
     }
     return {
@@ -281,7 +281,7 @@ def main() -> None:
     result = asyncio.run(measure(options.role))
     Console().print(table(result))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import ray
 from benchmarks.verifier import machine
 from services.trajectory import TokenIds
 from teacher.client import Target, TeacherClient
-from teacher.config import TeacherConfig
+from teacher.config import TeachersConfig
 from teacher.serve import deploy_teacher, stop_teacher
 from tests.builders import VOCAB, save_tiny
 
@@ -37,20 +37,22 @@ def deploy(directory: Path) -> dict[str, str]:
     """The URLs of one model alone, and of the same with another one beside it."""
     models = [str(save_tiny(directory / n, seed, context=LONG)) for seed, n in enumerate("ab")]
     settings = {"engine": {"kind": "transformers", "device": "cpu"}, "resources": {"cpus": 0.2}}
-    config = {"model": models[0], "port": 0, **settings}
-    several = {**config, "others": {"other": {"model": models[1], **settings}}}
+    alone = {"default": {"model": models[0], **settings}}
+    several = {**alone, "other": {"model": models[1], **settings}}
+    made = {
+        name: TeachersConfig.model_validate({"teachers": teachers, "scoring": {"port": 0}})
+        for name, teachers in (("alone", alone), ("front", several))
+    }
     return {
-        name: deploy_teacher(
-            TeacherConfig.model_validate(made), [], name=name, route_prefix=f"/{name}"
-        )
-        for name, made in (("alone", config), ("front", several))
+        name: deploy_teacher(config, [], name=name, route_prefix=f"/{name}")
+        for name, config in made.items()
     }
 
 
 async def measure(urls: dict[str, str]) -> dict[str, Any]:
     """Milliseconds of a request, by its size."""
     clients = {name: TeacherClient(Target(url), timeout_s=60) for name, url in urls.items()}
-    found = {}
+    results = {}
     for label, (length, top) in ASKED.items():
         ids: TokenIds = np.random.default_rng(0).integers(0, VOCAB, length).astype(np.int32)
         times: dict[str, list[float]] = {name: [] for name in clients}
@@ -64,10 +66,10 @@ async def measure(urls: dict[str, str]) -> dict[str, Any]:
                     times[name].append(time.perf_counter() - started)
             np.testing.assert_array_equal(said[0], said[1])
         medians = {n: round(1000 * statistics.median(spent), 1) for n, spent in times.items()}
-        found[label] = medians | {"hop": round(medians["front"] - medians["alone"], 1)}
+        results[label] = medians | {"hop": round(medians["front"] - medians["alone"], 1)}
     for client in clients.values():
         await client.aclose()
-    return found
+    return results
 
 
 def main() -> None:
@@ -87,7 +89,7 @@ def main() -> None:
     text = json.dumps(result, indent=1)
     print(text)
     if options.json:
-        options.json.write_text(text + "\n")
+        options.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def make_groups(
             weight_version=0,
         )
         verdicts = tuple(
-            Verdict("correct" if place % 2 else "incorrect", "") for place in range(lengths.n)
+            Verdict("correct" if index % 2 else "incorrect", "") for index in range(lengths.n)
         )
         groups.append(ScoredGroup(VerifiedGroup(rollout, verdicts), dict(enumerate(scores)), "t"))
     return groups

@@ -271,9 +271,9 @@ if __name__ == "__main__":
         parser.add_argument(option, type=type(default), default=default)
     options = parser.parse_args()
     chosen = Shapes(**{shape.name: getattr(options, shape.name) for shape in fields(Shapes)})
-    found: list[Row] = []
+    results: list[Row] = []
     for row in rows(chosen):
-        found.append(row)
+        results.append(row)
         print(show([row]), flush=True)
         if options.json:  # after each: the machine may be taken away
-            write(found, options.json)
+            write(results, options.json)

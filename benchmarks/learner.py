@@ -58,13 +58,13 @@ def learner_rows(lengths: Lengths, label: str) -> list[Row]:
         _row(f"learner, {label}: SCOPE's two paths against our OPD", rates["scope"], ours),
     ]
     for name, trainer in (("iw-opd", "IWOPDTrainer"), ("distillation", "DistillationTrainer")):
-        found = {m: rates[f"{name} {m}"] for m in TRL_MICRO if f"{name} {m}" in rates}
-        best = max(found, key=lambda m: found[m]) if found else None
+        rated = {m: rates[f"{name} {m}"] for m in TRL_MICRO if f"{name} {m}" in rates}
+        best = max(rated, key=lambda m: rated[m]) if rated else None
         rows.append(
             _row(
                 f"learner, {label}: TRL {trainer}",
                 ours,
-                found[best] if best else None,
+                rated[best] if best else None,
                 f"its best of {TRL_MICRO}: {best} sequences a forward" if best else _no_trl(),
             )
         )

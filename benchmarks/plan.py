@@ -79,7 +79,7 @@ def measured(run_dir: Path) -> tuple[float, float]:
 
 def rows(names: tuple[str, ...], kept: Path | None) -> list[dict[str, object]]:
     """Every variant, predicted and run."""
-    found: list[dict[str, object]] = []
+    results: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as temporary:
         directory = kept or Path(temporary)
         base = train(directory, "base", ())
@@ -92,16 +92,16 @@ def rows(names: tuple[str, ...], kept: Path | None) -> list[dict[str, object]]:
             if name != "as measured":
                 own = train(directory, name.replace(" ", "-"), VARIANTS[name])
             step_s, used = measured(own)
-            found.append(
+            results.append(
                 {"name": name, "predicted_s": round(made.step_s, 4),
                  "measured_s": round(step_s, 4), "ratio": round(made.step_s / step_s, 3),
                  "cores": round(used, 2), "unit": "s a step",
                  "limit": made.limit.partition(":")[0].partition(",")[0],
                  "machine": machine(), "date": datetime.date.today().isoformat()}
             )  # fmt: skip
-            print(json.dumps(found[-1]), flush=True)
-        found.append({"name": "rates", **rates.model_dump()})
-    return found
+            print(json.dumps(results[-1]), flush=True)
+        results.append({"name": "rates", **rates.model_dump()})
+    return results
 
 
 def main() -> None:
@@ -110,16 +110,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--runs", type=Path)
     options = parser.parse_args()
-    found = rows(tuple(options.only), options.runs)
+    results = rows(tuple(options.only), options.runs)
     table = Table(title="seconds a step")
     for heading in ("run", "predicted", "measured", "ratio", "cores", "limited by"):
         table.add_column(heading)
-    for row in found[:-1]:
+    for row in results[:-1]:
         keys = ("name", "predicted_s", "measured_s", "ratio", "cores", "limit")
         table.add_row(*(str(row[key]) for key in keys))
     Console().print(table)
     if options.json:
-        options.json.write_text("".join(json.dumps(row) + "\n" for row in found))
+        options.json.write_text(
+            "".join(json.dumps(row) + "\n" for row in results), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 from services.config import StageConfig
+from services.pipeline import PIPELINE
 from services.redis_server import EmbeddedRedis, connect
 from services.stage import Connection, Stage
-from services.streams import GROUP, STREAMS, claim
+from services.streams import GROUP, claim
 
 SIZES = {"16 KB": 16 << 10, "256 KB": 256 << 10, "1 MB": 1 << 20}
 WORKERS = (1, 4, 16)
@@ -61,7 +62,7 @@ async def ours(url: str, payload: bytes, workers: int, seconds: float) -> float:
             capacity=CAPACITY,
             config=connection.config,
         )
-        for source, target in itertools.pairwise(STREAMS)
+        for source, target in itertools.pairwise(PIPELINE.streams)
         for number in range(workers)
     ]
     running = [asyncio.create_task(stage.run()) for stage in stages]
@@ -102,7 +103,7 @@ async def bare(url: str, payload: bytes, workers: int, seconds: float) -> float:
 
 async def _bare_worker(url: str, payload: bytes, deadline: float) -> int:
     redis: Any = connect(url)
-    keys = [f"bench-{uuid.uuid4()}" for _ in STREAMS]
+    keys = [f"bench-{uuid.uuid4()}" for _ in PIPELINE.streams]
     for key in keys:
         await redis.xgroup_create(key, GROUP, id="0", mkstream=True)
     done = 0
@@ -158,15 +159,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    found = rows(options.seconds, options.rounds)
+    results = rows(options.seconds, options.rounds)
     table = Table(title="groups through all four hand-offs, per second")
     for heading in ("payload", "ours", "redis-py", "ratio"):
         table.add_column(heading, justify="right")
-    for row in found:
+    for row in results:
         table.add_row(*(str(row[key]) for key in ("name", "ours", "peer", "ratio")))
     Console().print(table)
     if options.json:
-        options.json.write_text("".join(json.dumps(row) + "\n" for row in found))
+        options.json.write_text(
+            "".join(json.dumps(row) + "\n" for row in results), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

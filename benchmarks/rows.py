@@ -43,7 +43,7 @@ def machine() -> str:
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     names = [
         line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if line.startswith("model name")
     ]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
@@ -63,7 +63,7 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
-    path.write_text("".join(row.json() + "\n" for row in rows))
+    path.write_text("".join(row.json() + "\n" for row in rows), encoding="utf-8")
 
 
 def _number(value: float | None) -> str:

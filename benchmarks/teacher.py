@@ -107,7 +107,7 @@ async def throughput(scorer: Scorer, url: str) -> dict[str, Any]:
         form: TeacherClient(Target(url), timeout_s=600, binary=form == "binary")
         for form in ("binary", "JSON")
     }
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for top in (0, TOP):
         work: dict[str, Callable[[], Awaitable[object]]] = {
             "bare": lambda top=top: scorer.score(ids, starts, top)  # type: ignore[misc]
@@ -116,12 +116,12 @@ async def throughput(scorer: Scorer, url: str) -> dict[str, Any]:
             work[form] = lambda client=client, top=top: client.score(asked, top)  # type: ignore[misc]
         seconds = await alternating(work)
         rates = {name: round(SEQUENCES * LONG / value) for name, value in seconds.items()}
-        found[f"top {top}"] = rates | {
+        results[f"top {top}"] = rates | {
             f"{form} / bare": round(rates[form] / rates["bare"], 3) for form in clients
         }
     for client in clients.values():
         await client.aclose()
-    return found
+    return results
 
 
 def forms() -> dict[str, Any]:
@@ -129,7 +129,7 @@ def forms() -> dict[str, Any]:
     asked = pairs(1, LONG, PROMPT)
     count = LONG - PROMPT
     random = np.random.default_rng(0)
-    found = {}
+    results = {}
     for top in (0, TOP):
         values = -np.sort(random.random((count, top)).astype(np.float32), axis=1)
         ids = random.integers(0, VOCABULARY, (count, top)).astype(np.int32)
@@ -154,15 +154,15 @@ def forms() -> dict[str, Any]:
                 size = work()
                 times.append(time.perf_counter() - started)
             milliseconds = round(1000 * statistics.median(times), 2)
-            found[f"{form}, top {top}"] = {"ms": milliseconds, "bytes": size}
-    return found
+            results[f"{form}, top {top}"] = {"ms": milliseconds, "bytes": size}
+    return results
 
 
 async def latency(url: str) -> dict[str, Any]:
     """p50 and p99 of requests of one short sequence, and their rate, by how many are in flight."""
     client = TeacherClient(Target(url), timeout_s=600)
     asked = pairs(1, SHORT, SHORT // 2)
-    found = {}
+    results = {}
     for concurrency in CONCURRENCY:
         times: list[float] = []
         left = iter(range(REQUESTS))
@@ -176,18 +176,18 @@ async def latency(url: str) -> dict[str, Any]:
         started = time.perf_counter()
         await asyncio.gather(*(ask() for _ in range(concurrency)))
         p50, p99 = np.quantile(times, [0.5, 0.99])
-        found[str(concurrency)] = {
+        results[str(concurrency)] = {
             "p50_ms": round(1000 * p50, 1),
             "p99_ms": round(1000 * p99, 1),
             "tokens_per_s": round(REQUESTS * SHORT / (time.perf_counter() - started)),
         }
     await client.aclose()
-    return found
+    return results
 
 
 def paid(metrics: Path) -> dict[str, Any]:
     """Completion tokens that the teacher scored for each that was trained, in a run's record."""
-    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps = [step for step in steps if "teacher/scored_tokens" in step and "tokens/trained" in step]
     scored = sum(step["teacher/scored_tokens"] for step in steps)
     trained = sum(step["tokens/trained"] for step in steps)
@@ -229,7 +229,7 @@ def main() -> None:
     text = json.dumps(asyncio.run(measure(options.run)), indent=1)
     print(text)
     if options.json:
-        options.json.write_text(text + "\n")
+        options.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

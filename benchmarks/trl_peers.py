@@ -64,9 +64,9 @@ class FrozenBatch:
 
     def __init__(self, groups: Sequence[ScoredGroup], pad_id: int) -> None:
         rows = [
-            (g.prompt.token_ids, t.token_ids, g.teacher_logprobs[place])
+            (g.prompt.token_ids, t.token_ids, g.teacher_logprobs[index])
             for g in groups
-            for place, t in enumerate(g.rollout.trajectories)
+            for index, t in enumerate(g.rollout.trajectories)
         ]
         prompts = [torch.tensor(p, dtype=torch.int64) for p, _, _ in rows]
         completions = [torch.tensor(c, dtype=torch.int64) for _, c, _ in rows]
@@ -103,8 +103,8 @@ class FrozenIWOPD(IWOPDTrainer):  # type: ignore[misc]
     batch."""
 
     def _generate_student_completions(self, slices: Any, on_policy_indices: list[int]) -> None:
-        for place in on_policy_indices:
-            self._buffered_inputs[place] = slices[place]
+        for index in on_policy_indices:
+            self._buffered_inputs[index] = slices[index]
 
     def _get_teacher_token_logprobs_from_server(
         self, inputs: dict[str, torch.Tensor], aligned_prompt_length: int

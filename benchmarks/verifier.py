@@ -27,12 +27,12 @@ import psutil
 import pyarrow.parquet as pq
 from math_verify import parse, verify
 
-from verifier.bubblewrap import Bubblewrap
+from services.sandbox.bubblewrap import Bubblewrap
+from services.sandbox.confined import Interpreter
+from services.sandbox.landlock import Landlock
 from verifier.code_tests import CodeJudge
 from verifier.config import CodeConfig
-from verifier.confined import Interpreter
-from verifier.landlock import Landlock
-from verifier.sandbox import JudgePool
+from verifier.judge_pool import JudgePool
 
 Row = tuple[str, str]  # completion, reference
 _PROGRAMS = 100
@@ -42,12 +42,12 @@ _REFERENCE = '{"inputs": ["1 2 3"], "outputs": ["6"]}'
 
 def rows(data: Path) -> list[Row]:
     """Boxed answers with their references, right and wrong in turn."""
-    found = pq.read_table(data, columns=["reward_model"]).to_pylist()
-    golds = [row["reward_model"]["ground_truth"] for row in found]
+    read = pq.read_table(data, columns=["reward_model"]).to_pylist()
+    golds = [row["reward_model"]["ground_truth"] for row in read]
     others = [*golds[1:], golds[0]]
     return [
-        (rf"So the answer is $\boxed{{{other if place % 2 else gold}}}$.", gold)
-        for place, (gold, other) in enumerate(zip(golds, others, strict=True))
+        (rf"So the answer is $\boxed{{{other if index % 2 else gold}}}$.", gold)
+        for index, (gold, other) in enumerate(zip(golds, others, strict=True))
     ]
 
 
@@ -149,7 +149,7 @@ async def _programs(cores: int, level: str, python: Interpreter) -> dict[str, fl
 
 def machine() -> dict[str, str | float]:
     """Where these figures were measured."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.partition(":")[2] for line in lines if line.startswith("model name")), "")
     return {
         "cpu": model.strip() or platform.machine(),
@@ -176,7 +176,7 @@ def main() -> None:
     print(text)
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(text + "\n")
+        given.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def over_prompts(values: Sequence[float], *, seed: int = 0) -> Estimate:
     if not len(values):
         return Estimate(0.0, 0.0, 0.0)
     array = np.asarray(values, np.float64)
-    places = np.random.default_rng(seed).integers(0, len(array), (RESAMPLES, len(array)))
-    low, high = np.quantile(array[places].mean(axis=1), [0.025, 0.975])
+    indices = np.random.default_rng(seed).integers(0, len(array), (RESAMPLES, len(array)))
+    low, high = np.quantile(array[indices].mean(axis=1), [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import sys
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.config import ConfigError, dump, load, load_other, load_teacher
+from deploy.config import ConfigError, dump, load, load_demo, load_other, load_teachers
+from deploy.entry import importing
 
 if TYPE_CHECKING:
     from deploy.remote import Remote
@@ -39,7 +41,7 @@ Address = Annotated[
     str | None,
     typer.Option(
         envvar="SCOPE_ADDRESS",
-        help="A Ray cluster. http(s)://HOST:8265: the command runs there, paths are the cluster's.",
+        help="A Ray cluster. With http(s)://HOST:8265 the command and its paths are the cluster's.",
     ),
 ]
 Overrides = Annotated[
@@ -61,6 +63,12 @@ def run(config: ConfigPath, overrides: Overrides = None, address: Address = None
 
 
 @app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Train a tiny student from a tiny teacher, both of which come with this program; minutes."""
+    _execute(load_demo(overrides or ()), directory=None)
+
+
+@app.command()
 def resume(run_dir: RunDir, address: Address = None) -> None:
     """Continue an interrupted run from its last checkpoint."""
     if address is not None:
@@ -71,10 +79,10 @@ def resume(run_dir: RunDir, address: Address = None) -> None:
 
 @app.command()
 def follow(
-    job: Annotated[str, typer.Argument(help="The job's id, as `scope run` said it.")],
+    job: Annotated[str, typer.Argument(help="The job id that `scope run` printed.")],
     address: Address = None,
 ) -> None:
-    """Print what a run on a cluster prints, from its start on."""
+    """Show the output of a run on a cluster from its start."""
     if address is None:
         raise ConfigError("which cluster? give --address http://HOST:8265")
     _remote(address).follow(job, _ask_to_stop)
@@ -82,34 +90,38 @@ def follow(
 
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print the resolved config and check models and data; starts nothing."""
+    """Check config, models and data, and print the resolved config; starts nothing."""
     settings = load(config, overrides or ())
     typer.echo(dump(settings))
     from deploy import preflight
 
-    found = preflight.check(settings)
-    for warning in found.warnings:
+    results = preflight.check(settings)
+    for model in results.models:
+        typer.echo(model, err=True)
+    for warning in results.warnings:
         typer.echo(f"note: {warning}", err=True)
+    for source, text in results.contexts.items():
+        typer.echo(f"a row of {source!r}, as its teacher reads it:\n{text}", err=True)
     typer.echo(
-        f"ok: {found.total_groups} prompts in all, "
-        f"{-(-found.total_groups // settings.trainer.groups_per_step)} steps",
+        f"ok: {results.total_groups} prompts in all, "
+        f"{-(-results.total_groups // settings.trainer.groups_per_step)} steps",
         err=True,
     )
 
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="A run that is to work here.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="Also check what this run needs.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Try what a run needs of this machine: packages, GPUs, Redis, sandboxes, memory, storage."""
+    """Check that this machine can do a run: packages, GPUs, Redis, sandboxes, memory, storage."""
     settings = load(config, overrides or ()) if config is not None else None
     from deploy.doctor import examine_machine
 
     faults = 0
-    for found in examine_machine(settings):
-        faults += found.verdict == "fault"
-        typer.echo(f"{found.verdict:6}{found.what}: {found.said}")
+    for finding in examine_machine(settings):
+        faults += finding.verdict == "fault"
+        typer.echo(f"{finding.verdict:6}{finding.what}: {finding.said}")
     raise SystemExit(min(faults, 1))
 
 
@@ -118,16 +130,20 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     from_run: Annotated[
-        Path | None, typer.Option("--from", help="A run directory: its rates.")
+        Path | None, typer.Option("--from", help="Use the rates of this run.")
     ] = None,
-    rates: Annotated[Path | None, typer.Option(help="A file of rates, docs/plan.md.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="Find the best split of so many.", min=1)] = None,
-    cores: Annotated[float, typer.Option(help="What roles without GPUs share; this machine's.")] = (
+    rates: Annotated[
+        Path | None, typer.Option(help="Use the rates in this file (docs/plan.md).")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Find the best split of this many.", min=1)
+    ] = None,
+    cores: Annotated[float, typer.Option(help="Cores that roles without GPUs share.")] = (
         os.cpu_count() or 1
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict from measured rates how fast a run is, what limits it, and who needs which GPUs."""
+    """Predict from measured rates how fast a run will be, what limits it and how to split GPUs."""
     settings = load(config, overrides or ())
     if (from_run is None) == (rates is None):
         raise ConfigError("give measured rates: either --from RUN_DIR or --rates FILE")
@@ -136,10 +152,10 @@ def plan(
     from deploy import plan as plans
     from deploy.rates import Rates, of_run
 
-    found = of_run(from_run) if from_run else load_other(Rates, rates or Path())
-    made = plans.make(settings, found, gpus=gpus, cores=cores)
+    measured = of_run(from_run) if from_run else load_other(Rates, rates or Path())
+    made = plans.make(settings, measured, gpus=gpus, cores=cores)
     if as_json:
-        typer.echo(json.dumps(plans.as_json(made, found), indent=2))
+        typer.echo(json.dumps(plans.as_json(made, measured), indent=2))
     else:
         Console().print(plans.render(made))
 
@@ -148,20 +164,25 @@ def plan(
 def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,
-    model: Annotated[str, typer.Option(help="A model directory; the config's student.")] = "",
+    model: Annotated[
+        str, typer.Option(help="A model directory; default: the config's student.")
+    ] = "",
     k: Annotated[int, typer.Option(help="Samples of each prompt.")] = 32,
     benchmark: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE, such as aime24=aime24.parquet; repeatable.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Its folder; goes on where it stopped.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; continues what was interrupted.")
+    ] = None,
 ) -> None:
-    """Avg@k and Pass@k of a model on held-out prompts or benchmarks; trains nothing."""
+    """Measure Avg@k and Pass@k of a model on held-out prompts or benchmarks."""
     settings = load(config, overrides or ())
     model = model or settings.student
     files = dict(_name_and_file(b) for b in benchmark or ())
-    from rich.console import Console
+    with importing():
+        from rich.console import Console
 
-    from deploy import examine
+        from deploy import examine
 
     folder = out or settings.runs_dir / f"eval-{Path(model).resolve().name}"
     console = Console()
@@ -181,9 +202,10 @@ def _name_and_file(benchmark: str) -> tuple[str, Path]:
 @app.command()
 def teacher(config: ConfigPath, overrides: Overrides = None) -> None:
     """Serve the teacher alone, over REST; keys from SCOPE_TEACHER_KEYS (comma-separated)."""
-    from deploy.serve import serve_teacher
+    with importing():
+        from deploy.serve import serve_teacher
 
-    serve_teacher(load_teacher(config, overrides or ()))
+    serve_teacher(load_teachers(config, overrides or ()))
 
 
 @app.command()
@@ -192,23 +214,23 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     address: Address = None,
 ) -> None:
-    """Where every prompt of a run is: fed = trained + dead + in flight."""
+    """Show where every prompt of a run is: fed = trained + dead + in flight."""
     if address is not None:
         _remote(address).call(["status", str(run_dir), *(["--json"] if as_json else [])])
         return
     from deploy.status import read_status, render
 
-    found = asyncio.run(read_status(run_dir))
-    typer.echo(json.dumps(found, indent=2) if as_json else render(found))
+    status = asyncio.run(read_status(run_dir))
+    typer.echo(json.dumps(status, indent=2) if as_json else render(status))
 
 
 @app.command()
 def dead(
     run_dir: RunDir,
-    show: Annotated[str | None, typer.Option(help="Print one item's traceback.")] = None,
-    requeue: Annotated[bool, typer.Option(help="Put every dead item back to work.")] = False,
+    show: Annotated[str | None, typer.Option(help="Print the traceback of one item.")] = None,
+    requeue: Annotated[bool, typer.Option(help="Put every dead item back in its queue.")] = False,
 ) -> None:
-    """List the items that were given up, with what broke them; show or requeue them."""
+    """List the items that were given up, with the reason; show or requeue them."""
     from deploy.dead import requeue_all, table
 
     if requeue:
@@ -223,14 +245,13 @@ def scale(
     wishes: Annotated[list[str], typer.Argument(help="ROLE=COUNT …, such as rollout=8.")],
     address: Address = None,
 ) -> None:
-    """More or fewer rollout, verifier or teacher workers, while a run goes on."""
+    """Change the number of a stage's workers during a run."""
     if address is not None:
         _remote(address).call(["scale", str(run_dir), *wishes])
         return
-    from deploy.scale import parse
     from deploy.scale import scale as leave
 
-    asyncio.run(leave(run_dir, parse(wishes)))
+    asyncio.run(leave(run_dir, wishes))
 
 
 @monitoring.command()
@@ -250,9 +271,11 @@ def up(
 @app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(help="Run directories.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the page; RUN_DIR/report.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; default: RUN_DIR/report.")
+    ] = None,
 ) -> None:
-    """One self-contained page about one or more runs: curves, accuracy, trajectories."""
+    """Write one self-contained page about one or more runs: curves, accuracy, trajectories."""
     from deploy.report import write
 
     typer.echo(write(run_dirs, out or run_dirs[0] / "report"))
@@ -260,14 +283,19 @@ def report(
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="JSONL: completion, reference, data_source.")],
+    file: Annotated[
+        Path, typer.Argument(help="JSONL: completion, reference, data_source; - is standard input.")
+    ],
     config: Annotated[Path | None, typer.Option(help="The run whose verifier judges.")] = None,
     kind: Annotated[str, typer.Option(help="Who judges, without a config.")] = "math",
+    answer_from: Annotated[
+        str | None, typer.Option(help="Where the answer stands: boxed, hashes or final_line.")
+    ] = None,
 ) -> None:
     """Judge a file: JSONL in, a verdict, reason and seconds a line out, a summary on stderr."""
     from deploy.verify import verify_file
 
-    verify_file(file, load(config).verifier if config else None, kind)
+    verify_file(file, load(config).verifier if config else None, kind, answer_from)
 
 
 def _is_remote(address: str) -> bool:
@@ -285,14 +313,15 @@ def _remote(address: str) -> Remote:
 def _ask_to_stop() -> bool:
     """On Ctrl-C: the run is on another machine, and may be meant to go on."""
     try:
-        return typer.confirm("\nstop the run on the cluster, too?", default=False)
+        return typer.confirm("\nalso stop the run on the cluster?", default=False)
     except typer.Abort:  # a second Ctrl-C, or nobody to ask
         return False
 
 
 def _execute(settings: Any, *, directory: Path | None) -> None:
-    from deploy import launch
-    from deploy.console import Console
+    with importing():
+        from deploy import launch
+        from deploy.console import Console
 
     with Console() as console:
         made = launch.start(settings, console, directory=directory)
@@ -308,10 +337,11 @@ def _execute(settings: Any, *, directory: Path | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; whatever a user can put right ends in one sentence, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know all that we print
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     except ConfigError as error:
         _fail(str(error))
     except ImportError as error:

@@ -8,14 +8,21 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from rollout.config import DataConfig, RolloutConfig, SamplingConfig
+from deploy import yaml_file
+from rollout.config import (
+    DataConfig,
+    EnvironmentConfig,
+    PromptsConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
 from services.config import (
     DEFAULT_TEACHER,
     Config,
@@ -23,12 +30,17 @@ from services.config import (
     RedisConfig,
     Resources,
     StageConfig,
+    WorkersConfig,
 )
-from teacher.config import TeacherConfig
+from services.pipeline import PIPELINE, Pipeline, Step
+from teacher.config import TeachersConfig
 from trainer.config import TrainerConfig
 from verifier.config import VerifierConfig
 
 ModelT = typing.TypeVar("ModelT", bound=Config)
+
+_ALIKE = 0.6  # how alike two names must be, at the least, for one to be meant by the other
+_NAMED = 4  # how many keys are named that may have been meant
 
 
 class ConfigError(ValueError):
@@ -44,7 +56,7 @@ class EvaluationConfig(Config):
     """Held-out accuracy, measured on the run's own workers before and after training, and
     meanwhile."""
 
-    data: DataConfig
+    data: PromptsConfig
     sampling: SamplingConfig
     prompts: int | None = Field(default=None, ge=1)
     """Only the first so many prompts; None takes all."""
@@ -63,13 +75,31 @@ class RayConfig(Config):
     wait_for_nodes_s: float = Field(default=10.0, ge=0)
     """How long a run waits for room on the cluster. Where an autoscaler brings the nodes, give it
     the minutes that it needs."""
+    gpu_memory_gb: float | None = Field(default=None, gt=0)
+    """Memory of one GPU of the cluster, by which `scope check` refuses what cannot fit. None goes
+    by a role's `accelerator_type:…` among its custom resources, else by this machine's GPU."""
     num_cpus: int | None = None
     """Logical CPUs of a cluster started here; None takes what the machine has."""
     dashboard: bool = True
 
 
-class RunConfig(Config):
-    """Everything about one run."""
+class OwnStep(WorkersConfig):
+    """A stage of one's own between two of the pipeline's (docs/architecture.md)."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    after: str
+    """The stage whose results it reads."""
+    worker: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """`package.module:Class` of a `services.worker.StepWorker`, importable on every node."""
+    capacity: int = Field(default=16, ge=1)
+    """Items that one worker works on at once."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Its own; the worker's `own_settings` says which there are."""
+
+
+class RunConfig(TeachersConfig):
+    """Everything about one run. Its teachers are needed unless the objective asks none and samples
+    from none (`grpo`, `rft`)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
@@ -78,13 +108,14 @@ class RunConfig(Config):
     data: DataConfig
     sampling: SamplingConfig
     rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     verifier: VerifierConfig
-    teacher: TeacherConfig | None = None
-    """Needed unless the objective asks none and samples from none (`grpo`, `rft`)."""
     trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig | None = None
     redis: RedisConfig = RedisConfig()
     stage: StageConfig = StageConfig()
+    steps: tuple[OwnStep, ...] = ()
+    """Stages of one's own."""
     ray: RayConfig = RayConfig()
     runs_dir: Path = Path("runs")
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
@@ -93,24 +124,65 @@ class RunConfig(Config):
     max_dead_fraction: float = Field(default=0.01, ge=0, le=1)
     """The run stops when more than this fraction of the fed prompts is dead."""
     allow_different_end_tokens: bool = False
-    """Train although student and teacher end their answers with different tokens."""
+    """Train although student and teacher end their answers with different tokens: where the student
+    ended, the teacher then scores its own end."""
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The stages of this run."""
+        own = [(s.after, Step(s.name, "", f"{s.name}_out", s.worker)) for s in self.steps]
+        return PIPELINE.with_steps(own) if own else PIPELINE
+
+    @property
+    def followers_dtype(self) -> str:
+        """What all engines compute in that follow the student's weights; float32 where they
+        differ."""
+        teachers = [one for one in self.teachers.values() if one.weights == "student"]
+        dtypes = {one.engine.precision(one.resources) for one in teachers}
+        dtypes.add(self.rollout.engine.precision(self.rollout.resources))
+        return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+    def own_step(self, name: str) -> OwnStep:
+        """The stage of one's own that is called so."""
+        return next(step for step in self.steps if step.name == name)
+
+    def section(self, step: Step) -> WorkersConfig:
+        """The settings of a stage's workers."""
+        section = getattr(self, step.section or step.name, None)
+        return section if isinstance(section, WorkersConfig) else self.own_step(step.name)
 
     @model_validator(mode="after")
     def _across(self) -> RunConfig:
-        if self.evaluation and self.evaluation.data.epochs != 1:
-            raise ValueError("evaluation.data.epochs must be 1")
+        if self.steps:
+            _ = self.pipeline  # raises where it does not fit together
         if self.ray.address and self.redis.url is None:
             raise ValueError(
                 "a run on an existing cluster needs redis.url: the private server can be "
                 "reached from this machine only"
             )
         transfer = self.rollout.engine.weight_transfer
+        for name, one in self.teachers.items():
+            if one.weights == "student" and one.model != self.student:
+                raise ValueError(
+                    f"teachers.{name}.weights: student: its model must be the run's student, "
+                    f"{self.student}, not {one.model}"
+                )
+            if one.weights == "student" and transfer in ("nccl", "ipc"):
+                raise ValueError(
+                    f"teachers.{name}.weights: student come through the weight store, and "
+                    f"rollout.engine.weight_transfer is {transfer!r}"
+                )
         if transfer in ("nccl", "ipc") and not (
             self.trainer.resources.gpus and self.rollout.resources.gpus
         ):
             raise ValueError(
                 f"rollout.engine.weight_transfer {transfer!r} goes from GPU to GPU: "
                 "trainer.resources.gpus and rollout.resources.gpus must be more than 0"
+            )
+        if transfer == "ipc" and self.trainer.ranks > 1:
+            raise ValueError(
+                "rollout.engine.weight_transfer 'ipc' works with trainer.ranks 1 alone: all ranks "
+                "would have to take part in vLLM's transfer, and rank 0 alone sends"
             )
         for room, engine, resources in self._engines():
             needed = engine.gpus
@@ -129,22 +201,17 @@ class RunConfig(Config):
             path = Path(model).expanduser()
             return str(path.resolve()) if path.is_dir() else model
 
-        teacher = self.teacher
-        if teacher is not None:
-            others = {
-                name: one.model_copy(update={"model": absolute(one.model)})
-                for name, one in teacher.others.items()
-            }
-            moved = {"model": absolute(teacher.model), "others": others}
-            teacher = teacher.model_copy(update=moved)
-        return self.model_copy(update={"student": absolute(self.student), "teacher": teacher})
+        teachers = {
+            name: one.model_copy(update={"model": absolute(one.model)})
+            for name, one in self.teachers.items()
+        }
+        return self.model_copy(update={"student": absolute(self.student), "teachers": teachers})
 
     def _engines(self) -> Iterator[tuple[str, EngineConfig, Resources]]:
         """Every engine that the run starts, by where its settings stand."""
         yield "rollout", self.rollout.engine, self.rollout.resources
-        for name, one in (self.teacher.served if self.teacher else {}).items():
-            where = "teacher" if name == DEFAULT_TEACHER else f"teacher.others.{name}"
-            yield where, one.engine, one.resources
+        for name, one in self.served.items():
+            yield f"teachers.{name}", one.engine, one.resources
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -156,13 +223,30 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _validated(RunConfig, _read(path), overrides, path)
 
 
-def load_teacher(path: Path, overrides: Sequence[str] = ()) -> TeacherConfig:
-    """The `teacher` section of a run's config, or a file that holds just that."""
+def load_demo(overrides: Sequence[str] = ()) -> RunConfig:
+    """The demo's config, with its models and data found wherever this program is installed."""
+    root = Path(__file__).resolve().parents[1]
+    path = root / "deploy/runs/demo.yaml"
     raw = _read(path)
-    if "student" in raw and not raw.get("teacher"):
-        raise ConfigError(f"{path} is a run's config that has no teacher")
-    raw = raw.get("teacher", raw)
-    return _validated(TeacherConfig, raw, [o.removeprefix("teacher.") for o in overrides], path)
+    for section, key in (
+        (raw, "student"),
+        (raw["teacher"], "model"),
+        (raw["data"], "path"),
+        (raw["evaluation"]["data"], "path"),
+    ):
+        section[key] = str(root / section[key])
+    return _validated(RunConfig, raw, overrides, path)
+
+
+def load_teachers(path: Path, overrides: Sequence[str] = ()) -> TeachersConfig:
+    """The teachers of a run's config, or of a file that holds just these sections."""
+    raw = _read(path)
+    if "student" in raw:
+        ours = ("teacher", *TeachersConfig.model_fields)
+        raw = {section: raw[section] for section in ours if section in raw}
+        if not (raw.get("teacher") or raw.get("teachers")):
+            raise ConfigError(f"{path} is a run's config that has no teacher")
+    return _validated(TeachersConfig, raw, overrides, path)
 
 
 def load_other(model: type[ModelT], path: Path) -> ModelT:
@@ -187,17 +271,17 @@ def _validated(
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        problems = [_sentence(model, problem) for problem in error.errors()]
-        raise ConfigError(f"{path}: " + "; ".join(problems)) from None
+        problems = "; ".join(_sentence(model, raw, problem) for problem in error.errors())
+        if "teacher" in raw:  # the reader wrote it so
+            problems = problems.replace(f"teachers.{DEFAULT_TEACHER}.", "teacher.")
+        raise ConfigError(f"{path}: {problems}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        raw = yaml_file.read(path)
+    except yaml_file.UnreadableYaml as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no settings")
     return raw
@@ -213,40 +297,89 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raw[section] = {}
         raw = raw[section]
     try:
-        raw[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"the value of override {override!r} is not YAML") from None
+        raw[last] = yaml_file.parse(value)
+    except yaml_file.UnreadableYaml as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
 
 
-def _sentence(model: type[BaseModel], problem: Any) -> str:
-    """One pydantic error in words, with the nearest key for an unknown one."""
+def _sentence(model: type[BaseModel], raw: Any, problem: Any) -> str:
+    """One pydantic error in words, with the nearest keys for an unknown one."""
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(model, problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-        return f"unknown key {path!r}{hint}"
+        near = _nearest(path, list(_paths(model, raw, path.split("."))))
+        if near:
+            return f"unknown key {path!r}; did you mean {' or '.join(map(repr, near))}?"
+        known = _keys_at(model, raw, problem["loc"][:-1])
+        return f"unknown key {path!r}; known keys: {', '.join(known)}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{path}: {message}" if path else str(message)
 
 
-def _keys_at(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
+def _nearest(path: str, known: Sequence[str]) -> list[str]:
+    """The keys that an unknown one may have been meant for: those whose own names are most alike,
+    wherever they stand, and of these the ones that also stand where it does."""
+
+    def alike(one: str, other: str) -> float:
+        return difflib.SequenceMatcher(None, one, other).ratio()
+
+    section, _, name = path.rpartition(".")
+    scores = {other: alike(name, other.rpartition(".")[2]) for other in known}
+    best = max(scores.values(), default=0.0)
+    if best < _ALIKE:
+        return []
+    near = [other for other, score in scores.items() if score == best]
+    here = [other for other in near if other.rpartition(".")[0] == section]
+    return here or near[:_NAMED]
+
+
+def _paths(
+    model: type[BaseModel], raw: Any, asked: Sequence[str], prefix: str = ""
+) -> Iterator[str]:
+    """Every key under `model` by its full path, where `raw` is what was written. In a table of
+    sections by name the name is that of `asked`, an unknown path below, or `NAME`."""
+    for name, field in model.model_fields.items():
+        path, below = prefix + name, _below(raw, name)
+        yield path
+        section = _section(field.annotation, below)
+        if section is None:
+            continue
+        if _is_table(field.annotation):
+            depth = path.count(".") + 1
+            inside = asked[:depth] == path.split(".") and len(asked) > depth
+            entry = asked[depth] if inside else "NAME"
+            path, below = f"{path}.{entry}", _below(below, entry)
+        yield from _paths(section, below, asked, f"{path}.")
+
+
+def _below(raw: Any, key: str) -> Any:
+    return raw.get(key) if isinstance(raw, Mapping) else None
+
+
+def _is_table(annotation: Any) -> bool:
+    origin = typing.get_origin(annotation)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return True
+    return any(_is_table(argument) for argument in typing.get_args(annotation))
+
+
+def _keys_at(model: type[BaseModel], raw: Any, path: Sequence[Any]) -> list[str]:
     """The field names of the config section at `path`."""
     for part in path:
-        field = model.model_fields.get(str(part))
+        raw, field = _below(raw, str(part)), model.model_fields.get(str(part))
         if field is None:  # a name in a table of sections
             continue
-        section = _section(field.annotation)
+        section = _section(field.annotation, raw)
         if section is None:
             return []
         model = section
     return list(model.model_fields)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def _section(annotation: Any, raw: Any) -> type[BaseModel] | None:
+    """The class that reads `raw` under such an annotation; None where that is no section."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation):
-        found = [_section(argument) for argument in typing.get_args(annotation)]
-        return next((section for section in found if section), None)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        sections = [_section(argument, raw) for argument in typing.get_args(annotation)]
+        return next((section for section in sections if section), None)
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation.class_for(raw)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -69,16 +70,15 @@ class Console:
         if not results:
             return
         k = next(iter(results.values())).score.k
-        table = Table(title="held-out accuracy")
-        for heading in ("", "weights", f"Avg@{k}", f"Pass@{k}", "prompts", "truncated", "unknown"):
-            table.add_column(heading, justify="right")
+        rows = []
         for label, result in results.items():
             s = result.score
-            table.add_row(
+            rows.append((
                 label, f"step {result.version}", f"{s.avg_at_k.value:.1%}",
                 f"{s.pass_at_k.value:.1%}", str(s.prompts), str(s.truncated), str(s.unknown),
-            )  # fmt: skip
-        self._rich.print(table)
+            ))  # fmt: skip
+        headings = ("", "weights", f"Avg@{k}", f"Pass@{k}", "prompts", "truncated", "unknown")
+        self._rich.print(self._fitting("held-out accuracy", headings, rows))
 
     def _cells(self) -> list[tuple[str, str]]:
         return [
@@ -87,13 +87,26 @@ class Console:
         ]
 
     def _table(self, ledger: Ledger, total: int) -> Table:
-        table = Table(title=f"step {ledger.step}: {ledger.consumed} of {total} prompts trained")
-        cells = self._cells()
-        for heading, _ in cells:
-            table.add_column(heading, justify="right")
-        table.add_row(*(text for _, text in cells))
+        title = f"step {ledger.step}: {ledger.consumed} of {total} prompts trained"
+        headings, texts = zip(*self._cells(), strict=True)
+        table = self._fitting(title, headings, [texts])
         table.caption = _queues(ledger)
         return table
+
+    def _fitting(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+        """A table with its headings on top; at the side where the terminal is too narrow."""
+        table = Table(title=title)
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        boundless = self._rich.options.update(width=1000)
+        if self._rich.measure(table, options=boundless).maximum <= self._rich.width:
+            return table
+        turned = Table(title=title, show_header=False)
+        for line in zip(headings, *rows, strict=True):
+            turned.add_row(*line)
+        return turned
 
 
 def _queues(ledger: Ledger) -> str:

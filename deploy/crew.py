@@ -13,14 +13,16 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from rollout.engine import EngineDied
-from services.config import Resources
+from deploy.roles import Role, Settings, worker_class
+from services.errors import WorkerDied, WorkerFailed
+from services.stage import Connection
+from services.worker import Post, StepWorker
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,8 @@ _LONGEST_PAUSE_S = 30.0
 _STOP_S = 10.0
 
 
-class WorkerFailed(RuntimeError):
-    """A worker stopped for good; the message says which and why."""
-
-
 @dataclass
-class _Role:
+class _Staff:
     make: Callable[[str], Any]  # a new actor of that name
     hired: int = 0  # so far: a name is given once
 
@@ -51,32 +49,25 @@ class _Worker:
     restarts: int = 0
     due: float | None = None  # when it is to be started again
     leaving: float | None = None  # since when
-    told: Any = None  # its answer to that
+    stopped: Any = None  # its answer to being stopped
 
 
 class Crew:
     """All stage workers of a run. `say` tells the user what happens to them."""
 
-    def __init__(self, run: str, say: Callable[[str], None]) -> None:
-        self._run = run
+    def __init__(self, connection: Connection, say: Callable[[str], None]) -> None:
+        self._connection = connection
         self._say = say
-        self._roles: dict[str, _Role] = {}
+        self._roles: dict[str, _Staff] = {}
         self._workers: list[_Worker] = []
 
-    def staff(
-        self,
-        role: str,
-        count: int,
-        cls: type[Any],
-        resources: Resources,
-        *args: Any,
-        **options: Any,
-    ) -> None:
-        """Starts the workers of a role: actors of `cls`, made with `args`, their names
-        and `options`."""
-        self._roles[role] = _Role(functools.partial(_actor, cls, resources, args, options))
-        for _ in range(count):
-            self._hire(role)
+    def staff(self, role: Role, settings: Settings) -> None:
+        """Starts the workers of a role, each with `settings`."""
+        post = Post(self._connection, role.step, role.capacity, role.lanes)
+        make = functools.partial(_actor, worker_class(role.step), role, post, settings)
+        self._roles[role.name] = _Staff(make)
+        for _ in range(role.workers):
+            self._hire(role.name)
 
     def scale(self, role: str, count: int) -> None:
         """Hires workers or lets the newest go, until a role has `count`. Those that leave finish
@@ -87,13 +78,13 @@ class Crew:
         for worker in workers[count:]:
             worker.leaving = time.monotonic()
             with suppress(RayActorError):
-                worker.told = worker.actor.stop.remote()
+                worker.stopped = worker.actor.stop.remote()
         for _ in range(len(workers), count):
             self._hire(role)
 
     def _hire(self, name: str) -> None:
         role = self._roles[name]
-        full = f"{self._run}-{name}-{role.hired}"
+        full = f"{self._connection.run}-{name}-{role.hired}"
         role.hired += 1
         worker = _Worker(name, full, functools.partial(role.make, full))
         self._workers.append(worker)
@@ -105,7 +96,7 @@ class Crew:
             assert worker.task is not None and worker.leaving is not None
             deaf = (
                 time.monotonic() - worker.leaving > _STOP_S
-                and not ray.wait([worker.told], timeout=0)[0]
+                and not ray.wait([worker.stopped], timeout=0)[0]
             )
             if worker.task.done() or deaf:
                 ray.kill(worker.actor)
@@ -139,13 +130,13 @@ class Crew:
         return dead
 
     def _judge(self, worker: _Worker, error: BaseException, now: float) -> None:
-        if isinstance(error, RayTaskError) and not isinstance(error.cause, EngineDied):
+        if isinstance(error, RayTaskError) and not isinstance(error.cause, WorkerDied):
             raise WorkerFailed(f"{worker.name} stopped: {error.cause or error}") from error
         if not isinstance(error, RayActorError | RayTaskError):
             raise error
         worker.restarts = 1 if now - worker.started > _HEALTHY_S else worker.restarts + 1
         if worker.restarts > RESTARTS:
-            raise WorkerFailed(f"{worker.name} died {worker.restarts} times; at last: {error}")
+            raise WorkerFailed(f"{worker.name} died {worker.restarts} times; last error: {error}")
         worker.due = now + min(_LONGEST_PAUSE_S, 0.5 * 2**worker.restarts)
         log.warning("%s died: %s", worker.name, error)
         self._say(f"{worker.name} died; starting it again")
@@ -161,23 +152,19 @@ class Crew:
 
 
 def _actor(
-    cls: type[Any],
-    resources: Resources,
-    args: tuple[Any, ...],
-    options: dict[str, Any],
-    name: str,
+    worker: type[StepWorker[Any, Any, Any]], role: Role, post: Post, settings: Settings, name: str
 ) -> Any:
     return (
-        ray.remote(cls)
+        ray.remote(worker)
         .options(
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            resources=resources.custom,
+            num_cpus=role.resources.cpus,
+            num_gpus=role.resources.gpus,
+            resources=role.resources.custom,
             scheduling_strategy="SPREAD",
             name=name,
             max_restarts=0,
         )
-        .remote(*args, name, **options)
+        .remote(replace(post, name=name), settings)
     )
 
 

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-_SOURCES = files("deploy") / "monitoring"
+from deploy import yaml_file
+
+_SOURCES = Path(__file__).parent / "monitoring"
 _COLUMNS, _HEIGHT = 4, 7  # panels in a row of the dashboard, which is 24 units wide
 PROMETHEUS = "http://localhost:9090"
 
 
 def panels() -> list[dict[str, Any]]:
     """The rows of the dashboard, as `panels.yaml` has them."""
-    rows: list[dict[str, Any]] = yaml.safe_load((_SOURCES / "panels.yaml").read_text())
+    rows: list[dict[str, Any]] = yaml_file.read(_SOURCES / "panels.yaml")
     return rows
 
 
@@ -37,7 +38,7 @@ def write(directory: Path, address: str, *, interval_s: int = 10) -> None:
     """
     directory = directory.resolve()
     for name in ("alerts.yml", "compose.yaml"):
-        _write(directory / name, (_SOURCES / name).read_text())
+        _write(directory / name, (_SOURCES / name).read_text(encoding="utf-8"))
     _write(directory / "prometheus.yml", _dump(_prometheus(address, interval_s)))
     grafana = directory / "grafana"
     _write(grafana / "datasources/scope.yaml", _dump(_datasource()))
@@ -138,4 +139,4 @@ def _dump(content: dict[str, Any]) -> str:
 
 def _write(file: Path, content: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(content)
+    file.write_text(content, encoding="utf-8")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from deploy.config import ConfigError
 from deploy.status import open_streams
-from services.trajectory import WireError, order_of
+from services.errors import WireError
+from services.trajectory import order_of
 
 
 async def table(run_dir: Path, show: str | None) -> str:

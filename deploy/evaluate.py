@@ -17,7 +17,9 @@ from typing import Any
 
 from deploy.accuracy import Estimate, average, passed, passed_bootstrap
 from rollout.prompts import PromptSource
-from services.stage import EVAL, Connection
+from services.disk import write_whole
+from services.pipeline import EVAL
+from services.stage import Connection
 from services.streams import Streams, claim
 from services.trajectory import VerifiedGroup, decode, encode
 
@@ -113,19 +115,21 @@ class Result:
         }
 
     @staticmethod
-    def of_json(found: dict[str, Any]) -> Result:
+    def of_json(fields: dict[str, Any]) -> Result:
         """What `as_json` made."""
-        return Result(found["version"], tuple(Tally(**t) for t in found["tallies"]))
+        return Result(fields["version"], tuple(Tally(**t) for t in fields["tallies"]))
 
     def write(self, run_dir: Path, label: str) -> None:
         """Keeps the result as `evaluation-{label}.json`."""
-        (run_dir / f"evaluation-{label}.json").write_text(json.dumps(self.as_json()))
+        write_whole(run_dir / f"evaluation-{label}.json", json.dumps(self.as_json()))
 
     @staticmethod
     def read(run_dir: Path, label: str) -> Result | None:
         """What `write` kept, or None."""
         path = run_dir / f"evaluation-{label}.json"
-        return Result.of_json(json.loads(path.read_text())) if path.exists() else None
+        return (
+            Result.of_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        )
 
 
 def _readable(score: Score) -> dict[str, Any]:
@@ -152,9 +156,8 @@ async def evaluate(
     Raises:
         EvaluationStalled: nothing was verified for `timeout_s`.
     """
-    streams = connection.streams(EVAL)
-    await streams.create()
-    try:
+    async with connection.streams(EVAL) as streams:
+        await streams.create()
         before = await streams.ledger()
         prompts = [source.prompt(order) for order in orders]
         payloads = [encode(replace(p, min_weight_version=version)) for p in prompts]
@@ -162,8 +165,6 @@ async def evaluate(
         tallies = await _collect(streams, len(orders), before.dead, timeout_s, done)
         await streams.advance(consumed=before.fed + len(orders), step=version)
         return Result(version, tuple(sorted(tallies, key=lambda t: t.id)))
-    finally:
-        await streams.redis.aclose()
 
 
 async def _collect(
@@ -181,9 +182,9 @@ async def _collect(
                 f"evaluation waited {timeout_s:.0f} s for the next of its prompts and has "
                 f"{len(tallies)} of {count}; in the streams: {ledger.depth}"
             )
-        for item in await claim([streams], "verified", CONSUMER, count=64, block_ms=500):
+        for item in await claim([streams], streams.results, CONSUMER, count=64, block_ms=500):
             tallies.append(Tally.of(decode(VerifiedGroup, item.payload)))
             done(tallies[-1])
-            await streams.settle("verified", [item.id])
+            await streams.settle(streams.results, [item.id])
             deadline = time.monotonic() + timeout_s
     return tallies

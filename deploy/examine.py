@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,15 +26,17 @@ from deploy.cluster import start_ray
 from deploy.config import ConfigError, EvaluationConfig, RunConfig
 from deploy.crew import Crew
 from deploy.evaluate import Result, Score, Tally, evaluate
+from deploy.roles import roles, settings
 from rollout.benchmarks import BENCHMARKS, convert
 from rollout.config import DataConfig
 from rollout.own_weights import OwnWeights
-from rollout.prompts import DataError, PromptSource, load_rows
-from rollout.worker import RolloutWorker
+from rollout.prompts import PromptSource, load_rows
+from rollout.sources import DataError
 from services.models import ModelError, fingerprint, load_tokenizer
+from services.pipeline import EVAL
 from services.redis_server import EmbeddedRedis, resolve_url
-from services.stage import EVAL, TRAIN, Connection
-from verifier.worker import VerifierWorker
+from services.stage import Connection
+from services.tasks import beside
 
 _WATCH_S = 0.5
 
@@ -60,14 +62,13 @@ class Examination:
         if left:
             async with AsyncExitStack() as stack:
                 connection = self._start(stack, console)
-                for lane in (EVAL, TRAIN):  # the verifier serves both
-                    streams = connection.streams(lane)
+                async with connection.streams(EVAL) as streams:
                     await streams.create()
-                    await streams.redis.aclose()
-                crew = Crew(connection.run, console.print)
+                crew = Crew(connection, console.print)
                 stack.push_async_callback(crew.stop)
-                self._start_workers(crew, connection)
-                await _while_alive(crew, self._evaluate(connection, left, console))
+                for role in roles(self.config, EVAL):
+                    crew.staff(role, settings(self.config, role, OwnWeights(self.model), {}))
+                await beside(self._evaluate(connection, left, console), _look_after(crew))
         result = Result(0, tuple(sorted(_tallies(self.out), key=lambda t: t.id)))
         result.write(self.out, "result")
         return result
@@ -87,18 +88,8 @@ class Examination:
         start_ray(quiet, f"scope-{self.config.name}-eval", console.print)
         stack.callback(ray.shutdown)
         # A name of its own: what an interrupted evaluation left behind belongs to nobody.
-        return Connection(url, f"{self.config.name}-eval-{secrets.token_hex(4)}", self.config.stage)
-
-    def _start_workers(self, crew: Crew, connection: Connection) -> None:
-        config = self.config
-        crew.staff(
-            "rollout", config.rollout.workers, RolloutWorker, config.rollout.resources,
-            connection, config.rollout, self.model, OwnWeights(self.model), lanes=(EVAL,),
-        )  # fmt: skip
-        crew.staff(
-            "verifier", config.verifier.workers, VerifierWorker, config.verifier.resources,
-            connection, config.verifier,
-        )  # fmt: skip
+        run = f"{self.config.name}-eval-{secrets.token_hex(4)}"
+        return Connection(url, run, self.config.stage, self.config.pipeline)
 
     async def _evaluate(
         self, connection: Connection, left: list[int], console: RichConsole
@@ -106,7 +97,7 @@ class Examination:
         columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with (
             Progress(*columns, console=console) as progress,
-            (self.out / "tallies.jsonl").open("a", buffering=1) as file,
+            (self.out / "tallies.jsonl").open("a", buffering=1, encoding="utf-8") as file,
         ):
             bar = progress.add_task("prompts", total=self.count)
             progress.advance(bar, len(self.finished))
@@ -145,12 +136,15 @@ def prepare(
             model = str(Path(model).expanduser().resolve())
         data = _benchmark_data(benchmarks, config, out) if benchmarks else _own_data(held)
         source = PromptSource(
-            load_rows(data, load_tokenizer(model)), sampling, seed=config.seed + 1, data=data
+            load_rows(data, load_tokenizer(model), environment=config.environment),
+            sampling,
+            seed=config.seed + 1,
+            data=data,
         )
         count = len(source)
         if held and held.prompts and not benchmarks:
             count = min(count, held.prompts)
-        settings = {
+        asked = {
             "model": fingerprint(model).model if local else model,
             "data": [str(file) for file in data.files],
             "prompts": count,
@@ -159,16 +153,17 @@ def prepare(
         }
     except (DataError, ModelError) as error:
         raise ConfigError(str(error)) from None
-    _same_or_new(out / "settings.json", settings)
+    _same_or_new(out / "settings.json", asked)
     kinds = {name: BENCHMARKS[name].kind for name in benchmarks} | config.verifier.kinds
     verifier = config.verifier.model_validate(config.verifier.model_dump() | {"kinds": kinds})
-    config = config.model_copy(update={"verifier": verifier})
+    # What is sampled from is the model in question, whatever the run trains.
+    config = config.model_copy(update={"verifier": verifier, "student": model})
     return Examination(config, model, source, count, out, tuple(_tallies(out)))
 
 
 def _own_data(held: EvaluationConfig | None) -> DataConfig:
     assert held is not None
-    return held.data.model_copy(update={"shuffle": False})
+    return held.data.in_order()
 
 
 def _benchmark_data(benchmarks: Mapping[str, Path], config: RunConfig, out: Path) -> DataConfig:
@@ -177,16 +172,16 @@ def _benchmark_data(benchmarks: Mapping[str, Path], config: RunConfig, out: Path
     for name, file in benchmarks.items():
         rows = convert(name, file)
         files.append(out / f"{name}.jsonl")
-        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     longest = (config.evaluation.data if config.evaluation else config.data).max_prompt_tokens
-    return DataConfig(path=tuple(files), max_prompt_tokens=longest, shuffle=False)
+    return DataConfig(path=tuple(map(str, files)), max_prompt_tokens=longest, shuffle=False)
 
 
 def _same_or_new(file: Path, settings: dict[str, Any]) -> None:
     if not file.exists():
-        file.write_text(json.dumps(settings, indent=2))
+        file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
         return
-    before = json.loads(file.read_text())
+    before = json.loads(file.read_text(encoding="utf-8"))
     different = [name for name, value in settings.items() if before.get(name) != value]
     if different:
         raise ConfigError(
@@ -200,23 +195,18 @@ def _tallies(out: Path) -> list[Tally]:
     file = out / "tallies.jsonl"
     if not file.exists():
         return []
-    lines = file.read_text().splitlines(keepends=True)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("}\n")]
     if len(whole) < len(lines):
-        file.write_text("".join(whole))
+        file.write_text("".join(whole), encoding="utf-8")
     return [Tally(**json.loads(line)) for line in whole]
 
 
-async def _while_alive(crew: Crew, work: Awaitable[None]) -> None:
-    """Waits for `work`, and looks after the workers meanwhile."""
-    task = asyncio.ensure_future(work)
-    try:
-        while not task.done():
-            await asyncio.wait({task}, timeout=_WATCH_S)
-            crew.revive()
-    finally:
-        task.cancel()
-    task.result()
+async def _look_after(crew: Crew) -> None:
+    """Until cancelled: starts dead workers again."""
+    while True:
+        await asyncio.sleep(_WATCH_S)
+        crew.revive()
 
 
 def table(result: Result) -> Table:

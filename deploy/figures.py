@@ -138,8 +138,8 @@ def _lines(axes: Axes, groups: Sequence[Curves], panel: Panel) -> None:
 def _held_out(axes: Axes, groups: Sequence[Curves], _: None) -> None:
     for group, colour in zip(groups, _colours(groups), strict=True):
         for number, run in enumerate(group.evaluations):
-            for place, (name, style) in enumerate((("Avg@k", "o-"), ("Pass@k", "s--"))):
-                points = [(step, both[place]) for step, *both in run]
+            for index, (name, style) in enumerate((("Avg@k", "o-"), ("Pass@k", "s--"))):
+                points = [(step, both[index]) for step, *both in run]
                 if not points:
                     continue
                 values = [estimate.value for _, estimate in points]

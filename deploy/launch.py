@@ -11,61 +11,57 @@ The run directory belongs to the driver alone, and is all that `scope resume` ne
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
 import signal
-import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Awaitable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 from ray.train import TrainingFailedError
 from redis.exceptions import RedisError
 
 from deploy.cluster import NoRay, start_ray
-from deploy.config import RunConfig, dump
+from deploy.config import ConfigError, RunConfig, dump
 from deploy.console import Console
-from deploy.crew import Crew, WorkerFailed
+from deploy.crew import Crew
 from deploy.evaluate import Result, evaluate
-from deploy.placement import reserved, roles, wait_for_room
+from deploy.failures import learner_cause, passes, sentence
+from deploy.placement import reservations, reserved, wait_for_room
 from deploy.preflight import Preflight, check
 from deploy.restore import restore
+from deploy.roles import roles, settings
 from deploy.status import write_snapshot
-from deploy.teachers import start_teachers
+from deploy.teachers import require_port, start_teachers
 from deploy.telemetry import Telemetry
 from deploy.usage import cpu_seconds
 from rollout.feeder import Feeder
-from rollout.own_weights import OwnWeights
-from rollout.worker import RolloutWorker
 from services import trackers
-from services.config import HEAD
+from services.disk import write_whole
+from services.errors import RunFailed, WorkerFailed
 from services.metrics import Recorder
+from services.pipeline import EVAL
 from services.redis_server import EmbeddedRedis, RedisUnavailable, examine, resolve_url
-from services.stage import EVAL, TRAIN, Connection, consumers_of
+from services.stage import Connection, consumers_of
 from services.streams import Ledger, Streams
+from services.tasks import in_thread
 from services.weight_store import StoreFeed, start_store
-from teacher.pool import Servers
-from teacher.worker import TeacherWorker
 from trainer.checkpoint import latest
-from trainer.loop import LoopConfig, checkpoints_of, trainer
-from trainer.objectives import objective
+from trainer.fit import end_fit, trainer
+from trainer.loop import LoopConfig, checkpoints_of
+from trainer.objectives.kinds import objective
 from trainer.reader import describe
 from trainer.storage import Storage
-from verifier.worker import VerifierWorker
 
 log = logging.getLogger(__name__)
 
 _WATCH_S = 0.5
-_RESERVE_S, _RESERVE_POLL_S = 60.0, 0.1
-_NO_TEACHER = 1, 16  # workers and capacity of its stage, which groups pass all the same
-
-
-class RunFailed(RuntimeError):
-    """The run stopped; the message says what broke and how to go on."""
+_RESERVE_S, _RESERVE_POLL_S = 600.0, 0.1  # Ray's actors start slowly on a busy machine
 
 
 @dataclass
@@ -78,7 +74,9 @@ class Run:
     preflight: Preflight
     resumed: bool
     telemetry: Telemetry
+    lock: IO[str] | None = None  # for as long as it is open
     evaluations: dict[str, Result] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
 
     async def execute(self) -> None:
         """Runs to the end.
@@ -86,30 +84,46 @@ class Run:
         Raises:
             RunFailed: a part failed for good; what was trained is in the last checkpoint.
         """
+        _cancel_on_signals()
         async with AsyncExitStack() as stack:
             connection = self._start_redis(stack)
-            streams = connection.streams()
-            stack.push_async_callback(streams.redis.aclose)
-            await self._prepare_streams(streams, connection)
+            streams = await stack.enter_async_context(connection.streams())
+            await self._prepare_streams(streams)
             self._start_ray(stack)
             _cancel_on_signals()
             await wait_for_room(
-                roles(self.config), timeout_s=self.config.ray.wait_for_nodes_s, say=self.console.say
+                reservations(self.config),
+                timeout_s=self.config.ray.wait_for_nodes_s,
+                say=self.console.say,
             )
             store = start_store(f"{self.config.name}-weights")
-            learner = await self._start_learner(connection, store)
+            learner = await self._start_learner(stack, connection, store)
             teachers = await start_teachers(
-                self.config, self.preflight.fingerprints, stack, self.console.say
+                self.config,
+                self.preflight.fingerprints,
+                self.preflight.probes,
+                stack,
+                self.console.say,
+                StoreFeed(store),
             )
-            crew = Crew(self.config.name, self.console.say)
+            crew = Crew(connection, self.console.say)
             stack.push_async_callback(crew.stop)
-            self._start_workers(crew, connection, store, teachers)
-            recorder = stack.enter_context(Recorder(self.directory, self._trackers()))
+            for role in roles(self.config):
+                worker_settings = settings(
+                    self.config, role, StoreFeed(store), teachers, self.preflight.translators
+                )
+                crew.staff(role, worker_settings)
+            with self._writing():
+                recorder = stack.enter_context(Recorder(self.directory, self._trackers()))
             watch = asyncio.create_task(self._watch(streams, recorder, learner, crew))
             stack.callback(watch.cancel)
-            await self._phases(connection, learner, watch)
-            await self._record(streams, recorder)
-            await self._snapshot(streams)
+            try:
+                await self._phases(connection, learner, watch)
+            except WorkerFailed as error:
+                raise self._failed(str(error)) from error
+            with self._writing():
+                await self._record(streams, recorder)
+                write_snapshot(self.directory, await streams.ledger())
 
     async def _phases(
         self, connection: Connection, learner: asyncio.Future[None], watch: asyncio.Task[None]
@@ -131,9 +145,8 @@ class Run:
         await _unless(watch, learner)
         trained.set()
         await _unless(watch, evaluating)
-        streams = connection.streams()
-        final = (await streams.ledger()).step
-        await streams.redis.aclose()
+        async with connection.streams() as streams:
+            final = (await streams.ledger()).step
         await _unless(watch, self._evaluate(connection, "after", version=final))
 
     # ---------------------------------------------------------------------------- starting
@@ -153,18 +166,18 @@ class Run:
             self.console.say(f"Redis: private server, data in {server.directory}")
         else:
             self._examine_redis(url)
-        return Connection(url, self.config.name, self.config.stage)
+        return Connection(url, self.config.name, self.config.stage, self.config.pipeline)
 
     def _examine_redis(self, url: str) -> None:
         """A server that would lose prompts is refused before the first one is fed."""
         try:
-            found = examine(url)
+            health = examine(url)
         except RedisUnavailable as error:
             raise RunFailed(f"redis.url: {error}") from error
-        for risk in found.risks:
+        for risk in health.risks:
             self.console.say(f"note: redis.url: {risk}")
-        if found.faults:
-            raise RunFailed(f"redis.url: {'; '.join(found.faults)}")
+        if health.faults:
+            raise RunFailed(f"redis.url: {'; '.join(health.faults)}")
 
     def _start_ray(self, stack: AsyncExitStack) -> None:
         settings = self.config.ray
@@ -180,66 +193,42 @@ class Run:
             logs.unlink(missing_ok=True)
             logs.symlink_to(Path(context["session_dir"]) / "logs")
 
-    async def _prepare_streams(self, streams: Streams, connection: Connection) -> None:
-        if not self.resumed and (await streams.ledger()).fed:
+    async def _prepare_streams(self, streams: Streams) -> None:
+        whose = streams.key("directory")  # of two that start together only one may have the name
+        first = await streams.redis.set(whose, str(self.directory), nx=not self.resumed)
+        if not self.resumed and (not first or (await streams.ledger()).fed):
             raise RunFailed(
                 f"this Redis already holds a run named {self.config.name!r}: give the new one "
                 f"another name (name=…), or resume that one"
             )
         try:
-            found = latest(self._checkpoints)
+            checkpoint = latest(self._checkpoints)
         except OSError as error:
-            raise RunFailed(f"the storage of checkpoints cannot be read: {error}") from error
-        if found is not None and not self.resumed:
+            raise RunFailed(f"checkpoint storage cannot be read: {error}") from error
+        if checkpoint is not None and not self.resumed:
             raise RunFailed(
-                f"{found} is of another run named {self.config.name!r}: give the new one another "
+                f"{checkpoint} is of another run named {self.config.name!r}: give the new one "
                 f"name (name=…), or resume that one"
             )
         mended = await restore(
-            streams, found.progress if found else None, self.preflight.train.prompt
+            streams, checkpoint.progress if checkpoint else None, self.preflight.train.prompt
         )
-        if found is not None:
-            self.console.say(f"continuing from {found}")
+        if checkpoint is not None:
+            self.console.say(f"continuing from {checkpoint}")
         if mended.fed_again or mended.taken_out:
             self.console.say(
                 f"Redis and the checkpoint differed: {mended.fed_again} prompts are fed again, "
-                f"{mended.taken_out} that the checkpoint holds are taken out"
+                f"{mended.taken_out} that the checkpoint already holds are removed"
             )
-        evaluation = connection.streams(EVAL)
+        evaluation = streams.of(EVAL)
         # What an interrupted evaluation left behind belongs to no one now.
-        await evaluation.redis.delete(
-            *[evaluation.key(n) for n in ("ledger", "dead", "prompts", "rollouts", "verified")]
-        )
+        names = ("ledger", "dead", *evaluation.pipeline.streams)
+        await evaluation.redis.delete(*map(evaluation.key, names))
         await evaluation.create()
-        await evaluation.redis.aclose()
 
-    def _start_workers(
-        self, crew: Crew, connection: Connection, store: Any, teachers: Mapping[str, Servers]
-    ) -> None:
-        config = self.config
-        chosen = objective(config.trainer.objective)
-        student = connection, config.rollout, config.student, StoreFeed(store)
-        where = RolloutWorker, config.rollout.resources
-        if chosen.sampler == "student":
-            crew.staff("rollout", config.rollout.workers, *where, *student)
-        else:
-            assert config.teacher is not None  # the preflight saw to that
-            teacher = connection, config.rollout, (m := config.teacher.model), OwnWeights(m)
-            crew.staff("rollout", config.rollout.workers, *where, *teacher, lanes=(TRAIN,))
-            if config.evaluation is not None:
-                crew.staff("evaluation", 1, *where, *student, lanes=(EVAL,))
-        crew.staff(
-            "verifier", config.verifier.workers, VerifierWorker, config.verifier.resources,
-            connection, config.verifier,
-        )  # fmt: skip
-        asked = config.teacher
-        workers, capacity = (asked.workers, asked.capacity) if asked else _NO_TEACHER
-        crew.staff(
-            "teacher", workers, TeacherWorker, HEAD, connection, teachers,
-            chosen.teacher, config.trainer.objective.teacher_top, capacity=capacity,
-        )  # fmt: skip
-
-    async def _start_learner(self, connection: Connection, store: Any) -> asyncio.Future[None]:
+    async def _start_learner(
+        self, stack: AsyncExitStack, connection: Connection, store: Any
+    ) -> asyncio.Future[None]:
         """Returns when Ray Train has reserved its ranks, so that whatever starts next takes only
         what they leave."""
         made = trainer(
@@ -252,11 +241,13 @@ class Run:
                 run_dir=self.directory.resolve(),
                 weight_store=store,
                 weight_transfer=self.config.rollout.engine.weight_transfer,
+                engine_dtype=self.config.followers_dtype,
                 seed=self.config.seed,
             )
         )
         before = reserved()
-        learner = _in_thread(made.fit)
+        learner = in_thread(made.fit)
+        stack.push_async_callback(end_fit, learner)
         try:
             async with asyncio.timeout(self.config.ray.wait_for_nodes_s + _RESERVE_S):
                 while not (learner.done() or reserved() - before):
@@ -276,7 +267,7 @@ class Run:
     ) -> None:
         """Until cancelled: restarts dead workers, records metrics, and raises what ends a run."""
         last_step, last_progress = -1, time.monotonic()
-        evaluation = Streams(streams.redis, streams.run, EVAL)
+        evaluation = streams.of(EVAL)
         try:
             while True:
                 await asyncio.sleep(_WATCH_S)
@@ -286,8 +277,13 @@ class Run:
                         await lane.abandon(consumers_of(dead))
                 for role, count in (await streams.wanted()).items():
                     crew.scale(role, count)
-                await self._record(streams, recorder)
-                ledger = await self._snapshot(streams)
+                ledger = await streams.ledger()
+                self.telemetry.look(ledger, await streams.reports())
+                try:
+                    await self._record(streams, recorder)
+                    write_snapshot(self.directory, ledger)
+                except OSError as error:  # it is all in Redis until there is room
+                    self._say_once(f"the run directory waits to be written: {error}")
                 self.console.progress(ledger, self.preflight.total_groups)
                 # Before the first prompt and after the last step something else is waited for,
                 # with a deadline of its own; in between, and until it ends, for the learner.
@@ -297,11 +293,15 @@ class Run:
                 if learner.done():
                     learner.result()
         except WorkerFailed as error:
-            raise self._failed(str(error)) from error
+            cause = error.__cause__
+            again = cause is not None and not passes(cause)
+            raise self._failed(str(error), mended=again) from error
         except TrainingFailedError as error:
-            raise self._failed(f"the learner failed: {_root(error)}") from error
+            cause = learner_cause(error)
+            said = f"the learner failed: {sentence(cause)}"
+            raise self._failed(said, mended=not passes(cause)) from error
         except RedisError as error:
-            raise self._failed(f"Redis cannot be reached: {error}") from error
+            raise self._failed(f"Redis does not serve the run: {error}") from error
 
     def _stop_on_faults(self, ledger: Ledger, quiet_s: float) -> None:
         fraction = self.config.max_dead_fraction
@@ -310,7 +310,8 @@ class Run:
         if ledger.dead > fraction * seen:
             raise self._failed(
                 f"{ledger.dead} of {ledger.fed} prompts are dead, more than max_dead_fraction "
-                f"({fraction:g}) allows; see what broke them with: scope dead {self.directory}"
+                f"({fraction:g}) allows; see what broke them with: scope dead {self.directory}",
+                mended=True,
             )
         if quiet_s > self.config.trainer.stall_timeout_s:
             if ledger.in_flight == 0:
@@ -324,8 +325,18 @@ class Run:
                 f"{slowest!r} ({describe(ledger)})"
             )
 
-    def _failed(self, what: str) -> RunFailed:
-        return RunFailed(f"{what}; continue with: scope resume {self.directory}")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around what cannot wait for room on the disk of the run directory."""
+        try:
+            yield
+        except OSError as error:
+            raise self._failed(f"the run directory cannot be written: {error}") from error
+
+    def _failed(self, what: str, *, mended: bool = False) -> RunFailed:
+        """`mended`: the run as it is would end like this again."""
+        first = "mend that first, or it ends like this again; then " if mended else ""
+        return RunFailed(f"{what}; {first}continue with: scope resume {self.directory}")
 
     async def _keep_redis(self, server: EmbeddedRedis) -> None:
         """Until cancelled: starts the private Redis again when it dies. Its append-only file has
@@ -337,16 +348,17 @@ class Run:
                 self.console.say("Redis died; starting it again")
                 server.start()
 
-    def _trackers(self) -> list[trackers.Background]:
-        told = _without_addresses(self.config)
-        return trackers.start(self.config.trackers, self.directory, self.config.name, told)
+    def _trackers(self) -> list[trackers.BackgroundTracker]:
+        shown = _without_addresses(self.config)
+        return trackers.start(self.config.trackers, self.directory, self.config.name, shown)
 
     async def _record(self, streams: Streams, recorder: Recorder) -> None:
         """Moves the learner's records from Redis to the run directory."""
         key = streams.key("metrics")
         entries: Any = await streams.redis.xrange(key)
         # Of a cluster that was there before, most processes are elsewhere.
-        used = cpu_seconds() if entries and self.config.ray.address is None else {}
+        own = entries and self.config.ray.address is None
+        used = cpu_seconds(pipeline=self.config.pipeline) if own else {}
         for entry, fields in entries:
             record = json.loads(fields[b"record"]) | used
             recorder.write(record)
@@ -355,12 +367,10 @@ class Run:
             self.console.step(record)
             await streams.redis.xdel(key, entry)
 
-    async def _snapshot(self, streams: Streams) -> Ledger:
-        """Leaves the ledger in the run directory, where it is found when Redis is gone."""
-        ledger = await streams.ledger()
-        write_snapshot(self.directory, ledger)
-        self.telemetry.look(ledger, await streams.reports())
-        return ledger
+    def _say_once(self, what: str) -> None:
+        if what not in self.said:
+            self.said.add(what)
+            self.console.say(what)
 
     # ------------------------------------------------------------------- evaluating, ending
 
@@ -378,7 +388,8 @@ class Run:
         result = await evaluate(
             connection, source, range(count), version=version, timeout_s=config.timeout_s
         )
-        result.write(self.directory, label)
+        with self._writing():
+            result.write(self.directory, label)
         self.evaluations[label] = result
 
     async def _evaluate_meanwhile(self, connection: Connection, trained: asyncio.Event) -> None:
@@ -387,45 +398,72 @@ class Run:
         every = self.config.evaluation.every_steps if self.config.evaluation else None
         if every is None:
             return
-        streams = connection.streams()
-        due = ((await streams.ledger()).step // every + 1) * every
-        while not trained.is_set():
-            step = (await streams.ledger()).step
-            if step >= due:
-                await self._evaluate(connection, f"step-{step:06d}", version=step)
-                due = (step // every + 1) * every
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_WATCH_S):
-                    await trained.wait()
-        await streams.redis.aclose()
+        async with connection.streams() as streams:
+            due = ((await streams.ledger()).step // every + 1) * every
+            while not trained.is_set():
+                step = (await streams.ledger()).step
+                if step >= due:
+                    await self._evaluate(connection, f"step-{step:06d}", version=step)
+                    due = (step // every + 1) * every
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_WATCH_S):
+                        await trained.wait()
 
 
 def start(config: RunConfig, console: Console, *, directory: Path | None = None) -> Run:
     """Checks the configuration and prepares its run directory (an existing one to resume)."""
     config = config.with_absolute_paths()  # workers run in directories of their own
     preflight = check(config)
+    # In a cluster that is joined another run's Serve may hold the port, and is shared.
+    if config.ray.address is None and config.served and preflight.fingerprints:
+        require_port(config)
     resumed = directory is not None
+    for model in preflight.models:
+        console.say(model)
     for warning in preflight.warnings:
         console.say(f"note: {warning}")
     if directory is None:
-        directory = _new_directory(config)
-        config = config.model_copy(update={"name": directory.name})
-        (directory / "config.yaml").write_text(dump(config))
+        try:
+            directory = _new_directory(config)
+            config = config.model_copy(update={"name": directory.name})
+            write_whole(directory / "config.yaml", dump(config))
+        except OSError as error:
+            raise ConfigError(f"runs_dir cannot be written: {error}") from None
+    lock = _locked(directory)
     console.say(f"run directory: {directory}")
-    return Run(config, directory, console, preflight, resumed, Telemetry(config.name))
+    return Run(config, directory, console, preflight, resumed, Telemetry(config), lock)
 
 
 def _without_addresses(config: RunConfig) -> dict[str, Any]:
     """What others may be told of a config: its addresses may hold passwords."""
-    asked = {"cache": True, "endpoints": True}
     return config.model_dump(
         mode="json",
         exclude={
             "redis": True,
-            "teacher": {**asked, "others": {"__all__": asked}},
+            "teachers": {"__all__": {"cache": True, "endpoints": True}},
             "trainer": {"checkpoint": {"storage"}},
         },
     )
+
+
+def _locked(directory: Path) -> IO[str]:
+    """Two drivers of one run would ruin its Redis. The system lets go of the lock of one that was
+    killed.
+
+    Raises:
+        ConfigError: another process runs it.
+    """
+    lock = (directory / ".lock").open("w", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(
+            f"{directory} is being run by another process: see scope status {directory}"
+        ) from None
+    except OSError as error:  # some shared file systems know no locks
+        log.warning("%s cannot be locked: %s", directory, error)
+    return lock
 
 
 def _new_directory(config: RunConfig) -> Path:
@@ -445,7 +483,7 @@ async def _unless(watch: asyncio.Task[None], work: Awaitable[None]) -> None:
     """Waits for `work`; a fault that `watch` finds meanwhile ends it."""
     task = asyncio.ensure_future(work)
     await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-    if not task.done() or task.exception() is not None:
+    if not task.done() or not isinstance(task.exception(), WorkerFailed | None):
         task.cancel()
         await watch  # says it better: what failed, and how to go on
     task.result()
@@ -453,42 +491,8 @@ async def _unless(watch: asyncio.Task[None], work: Awaitable[None]) -> None:
 
 def _cancel_on_signals() -> None:
     """Makes Ctrl-C and SIGTERM cancel the task that calls this, so that everything is stopped in
-    order. To be called after `ray.init`, which puts handlers of its own in place."""
+    order. To be called again after `ray.init`, which puts handlers of its own in place."""
     task = asyncio.current_task()
     assert task is not None
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
-
-
-def _root(error: BaseException) -> str:
-    """The last line of what an error was caused by: Ray wraps it several times."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
-def _in_thread(work: Callable[[], object]) -> asyncio.Future[None]:
-    """Runs blocking `work` on a daemon thread: unlike asyncio's own threads, one that never
-    comes back does not keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # is looked at
-
-    def settle(error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-
-    def main() -> None:
-        error: BaseException | None = None
-        try:
-            work()
-        except BaseException as caught:  # carried over to whoever awaits the future
-            error = caught
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, error)
-
-    threading.Thread(target=main, daemon=True, name="learner").start()
-    return future

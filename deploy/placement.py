@@ -26,8 +26,9 @@ from ray.util.placement_group import (
 )
 
 from deploy.config import RunConfig
-from services.config import DEFAULT_TEACHER, Resources
-from trainer.objectives import objective
+from deploy.roles import roles
+from services.config import DEFAULT_TEACHER, HEAD, Resources
+from trainer.objectives.kinds import objective
 
 _FIRST_WORD_S = 3.0
 _REPEAT_S = 30.0
@@ -42,7 +43,7 @@ class NoRoom(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Role:
+class Reservation:
     """`count` actors that reserve one `bundle` of Ray resources each."""
 
     name: str
@@ -54,23 +55,22 @@ class Role:
         return f"{self.count} × {self.name} with {amounts(self.bundle)}"
 
 
-def roles(config: RunConfig) -> list[Role]:
+def reservations(config: RunConfig) -> list[Reservation]:
     """What a run reserves, the hardest to place first."""
     chosen = objective(config.trainer.objective)
-    asked = config.teacher.served if config.teacher and chosen.teacher != "none" else {}
-    found = [
-        Role("learner rank", config.trainer.ranks, bundle(config.trainer.resources), "PACK"),
+    asked = config.served if chosen.teacher != "none" else {}
+    return [
+        Reservation("learner rank", config.trainer.ranks, bundle(config.trainer.resources), "PACK"),
         *(
-            Role(_replica(name), one.least_replicas, bundle(one.resources))
+            Reservation(_replica(name), one.least_replicas, bundle(one.resources))
             for name, one in asked.items()
         ),
-        Role("rollout worker", config.rollout.workers, bundle(config.rollout.resources)),
-        Role("verifier worker", config.verifier.workers, bundle(config.verifier.resources)),
+        *(
+            Reservation(f"{role.name} worker", role.workers, bundle(role.resources))
+            for role in roles(config)
+            if role.resources != HEAD  # where there is always room
+        ),
     ]
-    if config.evaluation is not None and chosen.sampler == "teacher":
-        # The others sample from the teacher.
-        found.append(Role("evaluation worker", 1, bundle(config.rollout.resources)))
-    return found
 
 
 def _replica(teacher: str) -> str:
@@ -84,7 +84,7 @@ def bundle(resources: Resources) -> Bundle:
 
 
 async def wait_for_room(
-    wanted: Sequence[Role], *, timeout_s: float, say: Callable[[str], None]
+    wanted: Sequence[Reservation], *, timeout_s: float, say: Callable[[str], None]
 ) -> None:
     """Returns as soon as the cluster has room for all of `wanted` at once.
 
@@ -114,7 +114,7 @@ def reserved() -> set[str]:
 
 
 async def _until_placed(
-    group: Any, role: Role, deadline: float, say: Callable[[str], None]
+    group: Any, role: Reservation, deadline: float, say: Callable[[str], None]
 ) -> None:
     next_word = time.monotonic() + _FIRST_WORD_S
     while not group.wait(0):  # of whole seconds, and in a thread it would outlive a Ctrl-C
@@ -131,7 +131,7 @@ async def _until_placed(
         await asyncio.sleep(_POLL_S)
 
 
-def _shortage(role: Role) -> str:
+def _shortage(role: Reservation) -> str:
     """What keeps a role from being placed, in words."""
     free = available_resources_per_node().values()
     for name, amount in role.bundle.items():
@@ -145,7 +145,7 @@ def _shortage(role: Role) -> str:
     return f"what is free lies scattered: its nodes have room for {_room(role)}"
 
 
-def _room(role: Role) -> int:
+def _room(role: Reservation) -> int:
     """How many of a role's actors what is free now has room for."""
     return sum(_copies(role.bundle, node) for node in available_resources_per_node().values())
 

@@ -25,13 +25,14 @@ from rich.table import Table
 
 from deploy.config import ConfigError, RunConfig, called
 from deploy.rates import Rates, Work, answers_of, needs_mixed, teachers_of, work_of
-from teacher.config import TeacherModel
-from trainer.objectives import objective
+from services.pipeline import PIPELINE
+from teacher.config import TeacherConfig
+from trainer.objectives.kinds import objective
 
 IntArray: TypeAlias = NDArray[Any]
 Count: TypeAlias = int | IntArray
 
-ROLES = ("rollout", "verifier", "teacher", "learner")
+ROLES = (*PIPELINE.names, "learner")
 _MEASURES = {
     "rollout": "`python -m benchmarks.engines`",
     "verifier": "`python -m benchmarks.verifier`",
@@ -168,14 +169,14 @@ class _Cluster:
             return [self.team(fixed)]
         # Of what others serve there are as many as there are.
         replicas = [1 if own else count for own, count in zip(each, fixed, strict=True)]
-        found = [self.team(tuple(replicas))]
+        teams = [self.team(tuple(replicas))]
         while True:
             times = self.token_seconds(replicas)
             slowest = times.index(max(times))
-            if not each[slowest] or found[-1].gpus + each[slowest] > gpus + 1e-9:
-                return found
+            if not each[slowest] or teams[-1].gpus + each[slowest] > gpus + 1e-9:
+                return teams
             replicas[slowest] += 1
-            found.append(self.team(tuple(replicas)))
+            teams.append(self.team(tuple(replicas)))
 
     def seconds(self, rollout: Count, token_s: Any, learner: int) -> dict[str, Any]:
         """Of a step, for each role that needs GPUs, with a team of `token_s`; it and the count
@@ -212,8 +213,8 @@ class _Cluster:
 
 def _best(config: RunConfig, cluster: _Cluster, gpus: int) -> Units:
     """The fastest split; of equally fast ones that with the fewest GPUs."""
-    found = _fastest(config, cluster, gpus)
-    if found is None:
+    best = _fastest(config, cluster, gpus)
+    if best is None:
         each = _gpus(config)
         teachers = teachers_of(config)
         each |= {
@@ -221,16 +222,16 @@ def _best(config: RunConfig, cluster: _Cluster, gpus: int) -> Units:
         }
         parts = ", ".join(f"{name} {own:g}" for name, own in each.items() if own)
         raise ConfigError(f"{gpus} GPUs are fewer than one of each role asks for: {parts}")
-    enough = found[0] * _SPARE
+    enough = best[0] * _SPARE
     # The more GPUs the faster, or as fast: so the fewest that will do are found by bisection.
     fewest = bisect.bisect_left(
         range(1, gpus),
         True,
         key=lambda some: (_fastest(config, cluster, some) or (math.inf,))[0] <= enough,
     )
-    found = _fastest(config, cluster, fewest + 1)
-    assert found is not None
-    _, engines, ranks, team = found
+    best = _fastest(config, cluster, fewest + 1)
+    assert best is not None
+    _, engines, ranks, team = best
     return Units(engines, cluster.judges(engines, team.token_s, ranks), team.replicas, ranks)
 
 
@@ -242,10 +243,10 @@ def _fastest(
     taken, token_s = (np.array([getattr(t, name) for t in teams]) for name in ("gpus", "token_s"))
     return min(
         (
-            (float(times[place]), int(engines[place]), ranks, teams[which[place]])
+            (float(times[index]), int(engines[index]), ranks, teams[which[index]])
             for engines, which, ranks in _splits(config, gpus, taken)
             for times in [cluster.step_s(engines, token_s[which], ranks)]
-            for place in [int(np.argmin(times))]
+            for index in [int(np.argmin(times))]
         ),
         default=None,
         key=lambda split: split[:3],
@@ -280,7 +281,7 @@ def _gpus(config: RunConfig) -> dict[str, float]:
     }
 
 
-def _teacher_gpus(teachers: Mapping[str, TeacherModel]) -> list[float]:
+def _teacher_gpus(teachers: Mapping[str, TeacherConfig]) -> list[float]:
     """Of one replica of each; none of what others serve."""
     return [0.0 if one.endpoints else one.resources.gpus for one in teachers.values()]
 
@@ -415,7 +416,7 @@ def _check_size(role: str, name: str, measured: float, gpus: float) -> None:
         )
 
 
-def _check_names(teachers: Mapping[str, TeacherModel], rates: Rates) -> None:
+def _check_names(teachers: Mapping[str, TeacherConfig], rates: Rates) -> None:
     """Shares are of all teachers that were measured: of others they would be wrong."""
     gone = [called(name) for name in rates.teachers if name not in teachers]
     if gone:
@@ -432,31 +433,31 @@ def _missing(role: str, name: str | None = None) -> ConfigError:
 
 def _notes(config: RunConfig, rates: Rates) -> list[str]:
     """What the reader must know to believe it."""
-    load, found = rates.workload, list[str]()
+    load, notes = rates.workload, list[str]()
     if needs_mixed(config) and load.mixed is None:
-        found.append(
+        notes.append(
             f"{config.trainer.objective.kind} learns only from groups with correct and incorrect "
             f"answers, and workload.mixed, their fraction, was not measured: the learner's time "
             f"is as though all were such"
         )
     if objective(config.trainer.objective).teacher == "incorrect" and not load.incorrect:
-        found.append(
+        notes.append(
             "no answer was incorrect when the rates were measured: the teacher is taken to have "
             "nothing to do"
         )
     if any(one.autoscale for one in teachers_of(config).values()):
-        found.append("a teacher that scales itself (autoscale) counts with its fewest replicas")
+        notes.append("a teacher that scales itself (autoscale) counts with its fewest replicas")
     if load.longest_tokens and load.longest_tokens > config.sampling.max_tokens:
-        found.append(
+        notes.append(
             f"answers of up to {load.longest_tokens:,.0f} tokens were measured and "
             f"sampling.max_tokens is {config.sampling.max_tokens:,}: they would be shorter"
         )
     if any(_gpus(config).values()) and rates.rollout and rates.rollout.token_s is None:
-        found.append(
+        notes.append(
             "rollout.token_s was not measured: with many engines the longest answer limits a step, "
             "and the plan does not know it (`python -m benchmarks.engines` with one prompt)"
         )
-    return found
+    return notes
 
 
 # ------------------------------------------------------------------------------------ shown

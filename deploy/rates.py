@@ -19,10 +19,12 @@ import torch
 from pydantic import Field, model_validator
 
 from deploy.config import ConfigError, RunConfig, load
-from services.config import DEFAULT_TEACHER, Config
+from services.config import Config
 from services.metrics import read
-from teacher.config import TeacherModel
-from trainer.objectives import SequenceStats, entering, objective
+from services.teacher_need import SCORED
+from teacher.config import TeacherConfig
+from trainer.objectives.base import SequenceStats, entering
+from trainer.objectives.kinds import objective
 
 Records: TypeAlias = Sequence[dict[str, Any]]
 
@@ -135,9 +137,8 @@ class Rates(Config):
     workload: Workload
     rollout: RolloutRate | None = None
     verifier: VerifierRate | None = None
-    teacher: TeacherRate | None = None
-    other_teachers: dict[str, TeacherRate] = Field(default_factory=dict)
-    """By their names in `teacher.others`."""
+    teachers: dict[str, TeacherRate] = Field(default_factory=dict)
+    """Of every teacher that was measured, by its name."""
     learner: LearnerRate | None = None
     cpu: CpuRate | None = None
     sampler: str = "student"
@@ -150,18 +151,10 @@ class Rates(Config):
             raise ValueError(f"the shares of the teachers add up to {total:g}, not to 1")
         return self
 
-    @property
-    def teachers(self) -> dict[str, TeacherRate]:
-        """Of every teacher that was measured, by its name."""
-        first = {DEFAULT_TEACHER: self.teacher} if self.teacher else {}
-        return first | self.other_teachers
 
-
-def teachers_of(config: RunConfig) -> dict[str, TeacherModel]:
+def teachers_of(config: RunConfig) -> dict[str, TeacherConfig]:
     """The teachers that the objective has score, by their names."""
-    if config.teacher is None or objective(config.trainer.objective).teacher == "none":
-        return {}
-    return config.teacher.named
+    return {} if objective(config.trainer.objective).teacher == "none" else config.teachers
 
 
 def of_run(run_dir: Path) -> Rates:
@@ -197,7 +190,6 @@ def of_records(config: RunConfig, records: Records, *, about: str) -> Rates:
     )
     verdicts, judging_s = (_grown(records, f"verifier/{n}") for n in ("verdicts", "judging_s"))
     scored = _grown(records, "teacher/tokens")
-    teachers = _teachers(config, records)
     learned = _learned_tokens(config, later, workload)
     learning_s = sum(_total(later, name) for name in _LEARNING)
     return Rates(
@@ -207,8 +199,7 @@ def of_records(config: RunConfig, records: Records, *, about: str) -> Rates:
         verifier=VerifierRate(verdicts_per_s=verdicts / judging_s)
         if verdicts and judging_s
         else None,
-        teacher=teachers.pop(DEFAULT_TEACHER, None),
-        other_teachers=teachers,
+        teachers=_teachers(config, records),
         learner=LearnerRate(
             tokens_per_s=learned / learning_s / config.trainer.ranks,
             step_s=_own_s(later) / len(later),
@@ -301,9 +292,11 @@ def work_of(config: RunConfig, rates: Rates) -> Work:
             f"of samples from the {rates.sampler}: measure with the same objective"
         )
     trajectories = config.trainer.groups_per_step * config.sampling.n
-    incorrect = load.incorrect * (load.prompt_tokens + load.tokens_if_incorrect)
-    correct = load.correct * (load.prompt_tokens + load.tokens_if_correct)
-    scored = {"none": 0.0, "incorrect": incorrect, "all": correct + incorrect}[chosen.teacher]
+    tokens = {
+        "incorrect": load.incorrect * (load.prompt_tokens + load.tokens_if_incorrect),
+        "correct": load.correct * (load.prompt_tokens + load.tokens_if_correct),
+    }
+    scored = sum(tokens[outcome] for outcome in SCORED[chosen.teacher])
     learned = learned_of(config, load)
     return Work(
         sampled_tokens=trajectories * load.completion_tokens,
@@ -336,8 +329,8 @@ def _entering(config: RunConfig) -> tuple[tuple[float, float], tuple[float, floa
     correct, zeros = torch.tensor([True, True, False, False, True, False]), torch.zeros(6)
     stats = SequenceStats(torch.tensor([0, 0, 1, 1, 2, 2]), correct, ~correct, zeros, zeros)
     chosen = config.trainer.objective
-    found = entering(objective(chosen), stats, chosen).double().tolist()
-    return (found[0], found[2]), (found[4], found[5])
+    numbers = entering(objective(chosen), stats, chosen).double().tolist()
+    return (numbers[0], numbers[2]), (numbers[4], numbers[5])
 
 
 def _learned_tokens(config: RunConfig, records: Records, workload: Workload) -> float:
@@ -347,19 +340,19 @@ def _learned_tokens(config: RunConfig, records: Records, workload: Workload) -> 
 
 def _teachers(config: RunConfig, records: Records) -> dict[str, TeacherRate]:
     """Of each teacher that was asked."""
-    found, named = {}, teachers_of(config)
+    results, named = {}, teachers_of(config)
     scored = _grown(records, "teacher/tokens")
     for name, one in named.items():
         suffix = f"_{name}" if len(named) > 1 else ""
         tokens, asking_s = (_grown(records, f"teacher/{n}{suffix}") for n in ("tokens", "asking_s"))
         if tokens and asking_s:
             asking_s /= max(1.0, _mean(records[1:], "teacher/workers"))  # of the same replicas
-            found[name] = TeacherRate(
+            results[name] = TeacherRate(
                 tokens_per_s=tokens / asking_s / one.replicas,
                 gpus=one.resources.gpus,
                 share=tokens / scored,
             )
-    return found
+    return results
 
 
 def _cpu(

@@ -34,7 +34,7 @@ _PREAMBLE = re.compile(
 
 
 class RemoteError(RuntimeError):
-    """The cluster cannot be reached, refuses us, or the command failed there."""
+    """The cluster cannot be reached, refuses access, or the command failed there."""
 
 
 class Remote:
@@ -52,7 +52,7 @@ class Remote:
             self._client = JobSubmissionClient(address)
         except AuthenticationError as error:
             said = str(error).partition("\n")[0]
-            raise RemoteError(f"the cluster at {address} refuses us: {said}") from None
+            raise RemoteError(f"the cluster at {address} refuses access: {said}") from None
         except (ConnectionError, RuntimeError) as error:  # nobody there, or not Ray
             raise RemoteError(f"no Ray cluster answers at {address}: {error}") from None
 
@@ -75,7 +75,7 @@ class Remote:
             RemoteError: the run failed.
         """
         with tempfile.TemporaryDirectory() as directory:
-            (Path(directory) / "config.yaml").write_text(dump(config))
+            (Path(directory) / "config.yaml").write_text(dump(config), encoding="utf-8")
             job = self._submit('run "$given/config.yaml"', run=config.name, working_dir=directory)
         self._say_and_follow(job, stop)
 
@@ -111,7 +111,9 @@ class Remote:
             )
         except RuntimeError as error:
             said = [line for line in str(error).splitlines() if line.strip()]
-            raise RemoteError(f"the cluster at {self.address} took no job: {said[-1]}") from None
+            raise RemoteError(
+                f"the cluster at {self.address} accepted no job: {said[-1]}"
+            ) from None
         return job
 
     def _again(self, job: str) -> str:

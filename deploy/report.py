@@ -60,7 +60,9 @@ def read_run(directory: Path) -> RunData:
     if not records:
         raise ConfigError(f"{directory} has no metrics: the run has not made a step yet")
     evaluations = {
-        file.stem.removeprefix("evaluation-"): Result.of_json(json.loads(file.read_text()))
+        file.stem.removeprefix("evaluation-"): Result.of_json(
+            json.loads(file.read_text(encoding="utf-8"))
+        )
         for file in sorted(directory.glob("evaluation-*.json"))
     }
     settings = _flat(config.model_dump(mode="json"))
@@ -80,17 +82,17 @@ def write(directories: Sequence[Path], out: Path) -> Path:
     for name, png in light.items():
         (out / f"{name}.png").write_bytes(png)
     runs = [run for g in groups for run in g.runs]
-    page = Template((Path(__file__).parent / "report.html").read_text()).substitute(
+    page = Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8")).substitute(
         title=escape(", ".join(g.label for g in groups)),
         runs=escape(", ".join(run.name for run in runs)),
         finals=_finals(groups),
         differences=_differences(groups),
         figures="\n".join(_picture(name, light[name], dark[name]) for name in light),
         settings=_settings(groups),
-        # In a script element only "</" could end it early.
-        samples=json.dumps({run.name: run.samples for run in runs}).replace("</", "<\\/"),
+        # In a script element "</" ends it, and "<!--<script" makes it go on past its end.
+        samples=json.dumps({run.name: run.samples for run in runs}).replace("<", "\\u003c"),
     )
-    (out / "index.html").write_text(page)
+    (out / "index.html").write_text(page, encoding="utf-8")
     return out / "index.html"
 
 
@@ -102,8 +104,8 @@ def group(runs: Sequence[RunData]) -> list[RunGroup]:
         compared = {k: v for k, v in run.settings.items() if k.split(".")[0] not in _NOT_COMPARED}
         return json.dumps(compared, sort_keys=True)
 
-    places = {key(run): place for place, run in reversed(list(enumerate(runs)))}
-    ordered = sorted(runs, key=lambda run: places[key(run)])
+    indices = {key(run): index for index, run in reversed(list(enumerate(runs)))}
+    ordered = sorted(runs, key=lambda run: indices[key(run)])
     sets = [list(some) for _, some in groupby(ordered, key)]
     firsts = [json.loads(key(some[0])) for some in sets]
     names = sorted({name for first in firsts for name in first})
@@ -196,22 +198,22 @@ def _difference(title: str, ours: Sequence[Result], theirs: Sequence[Result]) ->
     if not common:
         return []
     average, passed = (
-        over_prompts([mine[prompt][place] - other[prompt][place] for prompt in common])
-        for place in (0, 1)
+        over_prompts([mine[prompt][index] - other[prompt][index] for prompt in common])
+        for index in (0, 1)
     )
     return [[title, _signed(average), _signed(passed), str(len(common))]]
 
 
 def _by_prompt(results: Sequence[Result]) -> dict[str, tuple[float, float]]:
     """Avg@k and Pass@k of each prompt, means over the runs (of the same k)."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    by_task: dict[str, list[tuple[float, float]]] = {}
     for result in results:
         for t in result.tallies:
             values = (t.correct / t.samples, pass_at_k(t.samples, t.correct, t.samples))
-            found.setdefault(t.id, []).append(values)
+            by_task.setdefault(t.id, []).append(values)
     return {
         prompt: (sum(v[0] for v in values) / len(values), sum(v[1] for v in values) / len(values))
-        for prompt, values in found.items()
+        for prompt, values in by_task.items()
         if len(values) == len(results)
     }
 

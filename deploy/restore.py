@@ -16,8 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from services.streams import Streams
-from services.trajectory import Prompt, WireError, encode, order_of
+from services.trajectory import Prompt, decode, encode
 from trainer.checkpoint import Progress
+from trainer.deaths import order_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,14 @@ async def restore(
     await streams.create()
     await streams.abandon(re.compile(".*"))  # whoever worked on it is gone
     if progress is not None:
-        await streams.settle("scored", progress.entries)
+        await streams.settle(streams.results, progress.entries)
     covered = set(progress.orders) if progress is not None else set()
     held, taken_out = await _in_flight(streams, covered)
     ledger = await streams.ledger()
     fed = max([ledger.fed, *(order + 1 for order in covered | held)])
     missing = [order for order in range(fed) if order not in covered and order not in held]
+    if missing:
+        missing = sorted(missing + await _take_out_early(streams, progress.step if progress else 0))
     # No older weights will ever be published again, so there are none to wait for.
     payloads = [encode(replace(prompt(order), min_weight_version=0)) for order in missing]
     await streams.restore(fed=fed, trained=len(covered), payloads=payloads)
@@ -57,14 +60,14 @@ async def _in_flight(streams: Streams, covered: set[int]) -> tuple[set[int], int
     held: set[int] = set()
     taken_out = 0
     for stream, id_, payload in await streams.items():
-        order = _order(payload)
+        order = order_in(payload)
         if order is None or order in covered or order in held:
             await streams.discard(stream, id_)
             taken_out += 1
         else:
             held.add(order)
     for dead in await streams.dead():
-        order = _order(dead.payload)
+        order = order_in(dead.payload)
         if order is None or order in covered or order in held:
             await streams.forget(dead)
             taken_out += 1
@@ -73,9 +76,14 @@ async def _in_flight(streams: Streams, covered: set[int]) -> tuple[set[int], int
     return held, taken_out
 
 
-def _order(payload: bytes) -> int | None:
-    """None for corrupted bytes."""
-    try:
-        return order_of(payload)
-    except WireError:
-        return None
+async def _take_out_early(streams: Streams, step: int) -> list[int]:
+    """Takes out the prompts that wait for weights of a step after `step`, and says which: only
+    what is fed again leads there, and behind them it would find no worker free."""
+    early = []
+    for stream, id_, payload in await streams.items():
+        if stream == streams.pipeline.source:
+            prompt = decode(Prompt, payload)
+            if prompt.min_weight_version > step:
+                await streams.discard(stream, id_)
+                early.append(prompt.order)
+    return early

@@ -10,25 +10,29 @@ import ray
 
 from deploy.cluster import start_ray
 from deploy.config import ConfigError, RayConfig
+from deploy.teachers import require_port
 from services.models import ModelError, fingerprint
 from teacher.auth import KEYS_VARIABLE, environment_keys
-from teacher.config import TeacherConfig
+from teacher.config import TeachersConfig
 from teacher.serve import deploy_teacher, stop_teacher
 
 _NAME = "teacher"
 
 
-def serve_teacher(config: TeacherConfig) -> None:
+def serve_teacher(config: TeachersConfig) -> None:
     """Serves all models of `config` over REST; returns after Ctrl-C or SIGTERM."""
     keys = environment_keys(os.environ)
     models = [one.model for one in config.served.values()]
     if not models:
         raise ConfigError("endpoints are served by others: there is no teacher to serve here")
+    if any(one.weights == "student" for one in config.served.values()):
+        raise ConfigError("weights: student are those of a run's learner, and here is none")
     try:
         for model in models:  # a wrong path is said at once, not after Ray has started
             fingerprint(model)
     except ModelError as error:
         raise ConfigError(str(error)) from None
+    require_port(config)
     start_ray(RayConfig(), "scope-teacher", print)
     try:
         url = deploy_teacher(config, keys, name=_NAME)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,9 +14,12 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from deploy.config import ConfigError, load
-from services.redis_server import EmbeddedRedis, answers, connect, resolve_url
+from services.disk import write_whole
+from services.redis_server import EmbeddedRedis, answers, connect, resolve_url, trouble
 from services.stage import QUIET_S
 from services.streams import Ledger, Streams
+
+_NEEDED_BYTES = 1 << 16  # a step's record and the ledger
 
 
 @asynccontextmanager
@@ -30,16 +34,17 @@ async def open_streams(run_dir: Path) -> AsyncIterator[Streams]:
     config = load(run_dir / "config.yaml")
     address = run_dir / "redis" / "url"
     server = None
-    url = resolve_url(config.redis) or (address.read_text() if address.exists() else None)
+    url = resolve_url(config.redis) or (
+        address.read_text(encoding="utf-8") if address.exists() else None
+    )
     if url is None or (config.redis.url is None and not answers(url)):
         server = EmbeddedRedis(run_dir / "redis")
         server.start()
         url = server.url
-    client = connect(url, patience_s=1.0)
     try:
-        yield Streams(client, config.name)
+        async with connect(url, patience_s=1.0) as client:
+            yield Streams(client, config.name, pipeline=config.pipeline)
     finally:
-        await client.aclose()
         if server is not None:
             server.stop()
 
@@ -52,16 +57,20 @@ async def read_status(run_dir: Path) -> dict[str, Any]:
     """
     config = load(run_dir / "config.yaml")
     address = run_dir / "redis" / "url"
-    url = resolve_url(config.redis) or (address.read_text() if address.exists() else None)
+    url = resolve_url(config.redis) or (
+        address.read_text(encoding="utf-8") if address.exists() else None
+    )
     if url is None or (config.redis.url is None and not answers(url)):
         return _last_known(run_dir)
     async with open_streams(run_dir) as streams:
         try:
-            found = summary(await streams.ledger())
+            ledger = summary(await streams.ledger())
             workers = await streams.reports()
         except RedisError as error:
             raise ConfigError(f"Redis of {run_dir} cannot be reached: {error}") from None
-    return {**found, "workers": workers, "as_of": time.time(), "live": True}
+    now = {"as_of": time.time(), "live": True, "redis": trouble(url)}
+    now["disk_full"] = shutil.disk_usage(run_dir).free < _NEEDED_BYTES
+    return {**ledger, "workers": workers, **now}
 
 
 def render(status: dict[str, Any]) -> str:
@@ -73,9 +82,14 @@ def render(status: dict[str, Any]) -> str:
         + ("" if status["live"] else f"  (not running; as of {when})")
     ]
     for name, stream in status["streams"].items():
-        used = status["consumed"] - status["trained"] if name == "scored" else 0
+        last = name == [*status["streams"]][-1]  # the learner's
+        used = status["consumed"] - status["trained"] if last else 0
         held = f", {used} of them trained and not yet in a checkpoint" if used else ""
         lines.append(f"  {name:<9} {stream['depth']:>6}  oldest {stream['age_s']:.1f} s{held}")
+    if status.get("redis"):
+        lines.append(f"  all wait for Redis: {status['redis']}")
+    if status.get("disk_full"):
+        lines.append("  the run directory's disk is full: its records wait in Redis for room")
     for name, report in sorted(status["workers"].items()):
         quiet = status["as_of"] - report["at"]
         if quiet < QUIET_S:
@@ -114,13 +128,12 @@ def summary(ledger: Ledger) -> dict[str, Any]:
 
 def write_snapshot(run_dir: Path, ledger: Ledger) -> None:
     """Keeps the ledger in the run directory, whole or not at all, for when Redis is gone."""
-    temporary = run_dir / ".ledger.json.tmp"
-    temporary.write_text(json.dumps({**summary(ledger), "as_of": time.time()}))
-    temporary.rename(run_dir / "ledger.json")
+    now = {**summary(ledger), "as_of": time.time()}
+    write_whole(run_dir / "ledger.json", json.dumps(now))
 
 
 def _last_known(run_dir: Path) -> dict[str, Any]:
     file = run_dir / "ledger.json"
     if not file.exists():
         raise ConfigError(f"{run_dir} has no ledger yet: the run has not started its work")
-    return {**json.loads(file.read_text()), "workers": {}, "live": False}
+    return {**json.loads(file.read_text(encoding="utf-8")), "workers": {}, "live": False}

@@ -22,10 +22,11 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
+from deploy.config import RunConfig
+from deploy.roles import roles
 from services.stage import QUIET_S, totals
 from services.streams import Ledger
 
-STAGES = ("rollout", "verifier", "teacher")
 # What a worker reports of itself, and what its total over all workers is called.
 _TOTALS = {
     "done": "scope_stage_done_total",
@@ -37,14 +38,15 @@ _TOTALS = {
 
 
 class Telemetry:
-    """The metrics of the run called `run`."""
+    """The metrics of a run."""
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, config: RunConfig) -> None:
+        self._run = config.name
+        self._steps = config.pipeline.names
         self._gauges: dict[str, Gauge] = {}
         self._seen: dict[tuple[str, str], float] = {}
         self._totals: dict[tuple[str, str], float] = defaultdict(float)
-        self._deaths: dict[str, int] = dict.fromkeys(STAGES, 0)
+        self._deaths: dict[str, int] = {role.name: 0 for role in roles(config)}
         self._step, self._stepped = -1, time.monotonic()
 
     def step(self, record: Mapping[str, Any]) -> None:
@@ -77,7 +79,7 @@ class Telemetry:
 
     def _stages(self, reports: Mapping[str, Mapping[str, Any]]) -> None:
         live = [report for report in reports.values() if time.time() - report["at"] < QUIET_S]
-        for stage in STAGES:
+        for stage in self._steps:
             mine = [report for report in live if report["stage"] == stage]
             self._set("scope_stage_workers", len(mine), stage=stage)
             self._set("scope_stage_active", _sum(mine, "active"), stage=stage)
@@ -90,7 +92,7 @@ class Telemetry:
                 grown = report[field] - self._seen.get((worker, field), 0.0)
                 self._seen[worker, field] = report[field]
                 self._totals[report["stage"], field] += grown
-        for stage in STAGES:
+        for stage in self._steps:
             for field, name in _TOTALS.items():
                 self._set(name, self._totals[stage, field], stage=stage)
 

@@ -1,4 +1,4 @@
-"""The processor time that each role of a run has used on this machine, from /proc.
+"""The processor time that each role of a run has used on this machine.
 
 A process counts for the role that its name tells (Ray names its actors' processes after their
 class), or else for that of whoever started it: a verifier's judges are the verifier's, vLLM's
@@ -9,64 +9,47 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Mapping
+from contextlib import suppress
 
-ROLES = {
-    "ray::RolloutWorker": "rollout",
-    "ray::VerifierWorker": "verifier",
-    "ray::TeacherWorker": "teacher",
+import psutil
+
+from services.pipeline import PIPELINE, Pipeline
+
+_OTHERS = {
     "ray::ServeReplica": "teacher",
     "ray::ProxyActor": "teacher",  # one request a group goes through it
     "ray::RayTrainWorker": "learner",
     "ray::WeightStore": "learner",
     "redis-server": "redis",
+    "valkey-server": "redis",
 }
 OTHER = "other"
 
 
-class _Process(NamedTuple):
-    parent: int
-    seconds: float  # with those of its children that have ended
+def cpu_seconds(root: int | None = None, pipeline: Pipeline = PIPELINE) -> dict[str, float]:
+    """`cpu_s/<role>` of the process `root` (this one) and all that come from it, since their start,
+    with what their ended children used. Nothing where there is no such process."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    names = {f"ray::{step.worker_name}": step.name for step in pipeline.steps} | _OTHERS
+    roles: dict[int, str] = {}
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(root or os.getpid())
+        for process in [first, *first.children(recursive=True)]:  # parents before their children
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied), process.oneshot():
+                role = _role(process, names) or roles.get(process.ppid(), OTHER)
+                roles[process.pid] = role
+                seconds[f"cpu_s/{role}"] += sum(
+                    process.cpu_times()[:4]
+                )  # without waiting for disks
+    return dict(seconds)
 
 
-def cpu_seconds(root: int | None = None) -> dict[str, float]:
-    """`cpu_s/<role>` of the process `root` (this one) and all that come from it, since their start.
-    Nothing where there is no /proc."""
-    processes = _processes()
-    found: defaultdict[str, float] = defaultdict(float)
-    children: defaultdict[int, list[int]] = defaultdict(list)
-    for pid, process in processes.items():
-        children[process.parent].append(pid)
-    left = [(root or os.getpid(), OTHER)]
-    while left:
-        pid, role = left.pop()
-        if pid in processes:
-            role = _role(pid) or role
-            found[f"cpu_s/{role}"] += processes[pid].seconds
-            left += [(child, role) for child in children[pid]]
-    return dict(found)
-
-
-def _processes() -> dict[int, _Process]:
-    ticks = os.sysconf("SC_CLK_TCK")
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The command, in brackets, may hold anything.
-            fields = entry.read_bytes().rpartition(b")")[2].split()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):  # ended, or hidden
-            continue
-        seconds = sum(map(int, fields[11:15])) / ticks
-        found[int(entry.parent.name)] = _Process(int(fields[1]), seconds)
-    return found
-
-
-def _role(pid: int) -> str | None:
+def _role(process: psutil.Process, names: Mapping[str, str]) -> str | None:
     try:
-        name = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+        line = process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # a zombie has none
         return None
     # Redis writes its address behind its path, Ray an actor's method behind its class.
-    program = name.replace("\0", " ").partition(" ")[0].rpartition("/")[2]
-    return next((role for start, role in ROLES.items() if program.startswith(start)), None)
+    program = line[0].partition(" ")[0].rpartition("/")[2] if line else ""
+    return next((role for start, role in names.items() if program.startswith(start)), None)

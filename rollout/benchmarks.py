@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow
 import pyarrow.parquet
 
-from rollout.prompts import DataError
+from rollout.sources import DataError
 
 Row: TypeAlias = Mapping[str, Any]
 Pair: TypeAlias = tuple[str, str]
@@ -54,7 +54,7 @@ def convert(name: str, file: Path) -> list[dict[str, Any]]:
         try:
             question, reference = BENCHMARKS[name].pair(raw)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DataError(f"{file}, row {number} is no row of {name}: {error}") from error
+            raise DataError(f"{file}, row {number} is not a row of {name}: {error}") from error
         rows.append(
             {
                 "prompt": [{"role": "user", "content": question}],
@@ -74,7 +74,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
             rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
             return rows
         if file.suffix == ".jsonl":
-            return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+            # Not splitlines(): JSON may hold other marks that end a line.
+            return [json.loads(line) for line in file.read_bytes().split(b"\n") if line.strip()]
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     raise DataError(f"{file} is neither .parquet nor .jsonl")
@@ -91,7 +92,7 @@ def _number(row: Row) -> Pair:
     """AIME and AMC: whole numbers, published as `33`, `"033"` or `33.0`."""
     value = float(_first(row, "answer", "Answer"))
     if value != int(value):
-        raise ValueError(f"the answer {value} is no whole number")
+        raise ValueError(f"the answer {value} is not a whole number")
     return _question(row), str(int(value))
 
 
@@ -114,10 +115,10 @@ def _boxed(text: str) -> str:
     r"""What stands in the last \boxed{}."""
     start = text.rindex("\\boxed{") + len("\\boxed{")
     depth = 1
-    for place in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for index in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
         if not depth:
-            return text[start:place]
+            return text[start:index]
     raise ValueError("an open \\boxed{")
 
 
@@ -152,16 +153,16 @@ def _livecodebench(row: Row) -> Pair:
 def _private(packed: str) -> list[dict[str, Any]]:
     """LiveCodeBench packs its private cases: base64 of zlib of a pickled JSON text."""
     try:
-        found: list[dict[str, Any]] = json.loads(packed)
-        return found
+        rows: list[dict[str, Any]] = json.loads(packed)
+        return rows
     except ValueError:
         pass
     try:
         text = _TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load()
     except (binascii.Error, zlib.error, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"private_test_cases cannot be unpacked: {error}") from error
-    found = json.loads(text)
-    return found
+    rows = json.loads(text)
+    return rows
 
 
 class _TextOnly(pickle.Unpickler):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -11,8 +11,8 @@ from rollout.config import RolloutConfig
 from rollout.pace import Pace
 from services import engines
 from services.engines import EngineError
-from services.models import end_tokens, probe_difference
-from services.stage import BadItem, PatienceExceeded
+from services.errors import BadItem
+from services.models import end_tokens
 from services.trajectory import Finish, LogProbs, Sampling, TokenIds
 from services.weights import Weights
 
@@ -26,6 +26,7 @@ class Completion:
     logprobs: LogProbs  # [T]
     finish: Finish
     version_runs: tuple[tuple[int, int], ...] = ()  # see services.trajectory.Trajectory
+    top: TokenIds | None = None  # [T, k] the most likely tokens, where the sampling asks for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ class Engine(Protocol):
         Every token that is returned was sampled from weights that passed the probe.
 
         Raises:
-            services.stage.BadItem: this can never be sampled.
-            services.stage.Unavailable: no weights that passed the probe are loaded.
+            services.errors.BadItem: this can never be sampled.
+            services.errors.Unavailable: no weights that passed the probe are loaded.
             SamplingError: the model computes no probabilities.
             EngineDied: the engine has lost its processes.
         """
@@ -63,7 +64,8 @@ class Engine(Protocol):
         pass.
 
         Raises:
-            WeightsMismatch: these are not this model's weights, or they came out as others.
+            services.weights.WeightsMismatch: these are not this model's weights, or they came out
+                as others.
             EngineDied: the engine has lost its processes.
         """
         ...
@@ -73,17 +75,8 @@ class Engine(Protocol):
         ...
 
 
-class WeightsMismatch(RuntimeError):
-    """The engine would not sample from the learner's policy; the message says why."""
-
-
 class SamplingError(RuntimeError):
     """The model computed something that cannot be sampled from."""
-
-
-class EngineDied(PatienceExceeded):
-    """The engine's own processes are gone, and no patience brings them back: this worker must be
-    replaced. Its prompts are given back."""
 
 
 def build_engine(config: RolloutConfig, model_path: str) -> Engine:
@@ -93,6 +86,7 @@ def build_engine(config: RolloutConfig, model_path: str) -> Engine:
         services.engines.EngineError: the engine is not available.
         services.models.ModelError: the model is not.
     """
+    engines.require_gpu(config.engine, "rollout.engine", config.resources)
     if _choose(config) == "vllm":
         from rollout.vllm_engine import VLLMEngine
 
@@ -100,7 +94,7 @@ def build_engine(config: RolloutConfig, model_path: str) -> Engine:
     from rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(
-        engines.load(config.engine, model_path),
+        engines.load(config.engine, model_path, config.resources),
         end_tokens(model_path),
         batch_sequences=config.batch_sequences,
         probe_tolerance=config.probe_tolerance,
@@ -124,7 +118,7 @@ def check_engine(config: RolloutConfig, model_path: str) -> None:
 
 
 def _choose(config: RolloutConfig) -> Literal["vllm", "transformers"]:
-    kind = engines.choose(config.engine, "rollout.engine")
+    kind = engines.choose(config.engine, "rollout.engine", config.resources)
     if kind == "transformers" and config.engine.in_flight == "keep":
         raise EngineError(
             "rollout.engine.in_flight: the transformers engine always finishes what is in flight; "
@@ -142,7 +136,7 @@ def check_request(prompt_ids: Sequence[int], sampling: Sampling, *, vocab_size: 
     """Refuses what no engine can sample, before it joins a batch and breaks that of others.
 
     Raises:
-        services.stage.BadItem: it says what is wrong.
+        services.errors.BadItem: it says what is wrong.
     """
     if not len(prompt_ids):
         raise BadItem("an empty prompt cannot be sampled from")
@@ -152,39 +146,7 @@ def check_request(prompt_ids: Sequence[int], sampling: Sampling, *, vocab_size: 
         raise BadItem(f"nothing to sample: n={sampling.n}, max_tokens={sampling.max_tokens}")
     if not 0 < sampling.temperature < math.inf:
         raise BadItem(f"temperature must be positive and finite, not {sampling.temperature}")
+    if not 0 <= sampling.top <= vocab_size:
+        raise BadItem(f"{sampling.top} most likely tokens of a vocabulary of {vocab_size}")
     if sampling.top_p != 1.0:
         raise BadItem(f"top_p is {sampling.top_p}, but training needs log-probs without top-p")
-
-
-def check_manifest(weights: Weights, own: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares the names and shapes of `weights` with those of the engine's model.
-
-    Raises:
-        WeightsMismatch: it names every difference.
-    """
-    given = {name: shape for name, _, shape in weights.manifest}
-    problems = [f"{name} is missing" for name in own.keys() - given.keys()]
-    problems += [f"{name} is not in the model" for name in given.keys() - own.keys()]
-    problems += [
-        f"{name} is {list(given[name])}, not {list(own[name])}"
-        for name in own.keys() & given.keys()
-        if own[name] != given[name]
-    ]
-    if problems:
-        raise WeightsMismatch(f"weights version {weights.version}: {'; '.join(sorted(problems))}")
-
-
-def check_probe(weights: Weights, logprobs: Sequence[float], tolerance: float) -> None:
-    """Compares the engine's log-probs of the probe with the learner's.
-
-    Raises:
-        WeightsMismatch: they differ by more than `tolerance` nats, or are no numbers.
-    """
-    if not all(map(math.isfinite, [*logprobs, *weights.probe_logprobs])):
-        raise WeightsMismatch(f"weights version {weights.version}: log-probs are not finite")
-    difference = probe_difference(logprobs, weights.probe_logprobs)
-    if difference > tolerance:
-        raise WeightsMismatch(
-            f"weights version {weights.version}: the engine's log-probs of the probe differ from "
-            f"the learner's by {difference:.3g} nats, more than probe_tolerance ({tolerance:g})"
-        )

@@ -2,10 +2,10 @@
 
     fed − consumed − dead  ≤  groups_per_step × (max_staleness + 1)
 
-and each carries the oldest weights that may sample it, so that in the order of the feed a group
-is trained at most `max_staleness` steps after the weights that sampled it (0: synchronous). One
-that others overtook may be older and is trained all the same: throwing groups away for their age
-would starve the prompts that take long to answer.
+and each carries the oldest weights that may sample it, so that in the order of the feed, which is
+the learner's (`trainer.reader`), no token of a group is from weights more than `max_staleness`
+steps older than those that learn from it (0: synchronous). Prompts that die only bring others
+forward.
 """
 
 from __future__ import annotations
@@ -61,26 +61,24 @@ class Feeder:
         Raises:
             redis.exceptions.RedisError: Redis failed through all of the client's retries.
         """
-        streams = self._connection.streams()
-        try:
+        async with self._connection.streams() as streams:
             while not self._stopping.is_set():
                 ledger = await streams.ledger()
                 if ledger.fed >= self._total:
                     return
-                room = self._max_in_flight - (ledger.fed - ledger.consumed - ledger.dead)
-                if not await self._feed(streams, ledger, room):
+                if not await self.admit(streams, ledger):
                     with suppress(TimeoutError):
                         async with asyncio.timeout(_POLL_S):
                             await self._stopping.wait()
-        finally:
-            await streams.redis.aclose()
 
     async def stop(self) -> None:
         """Lets `run` return before everything is fed."""
         self._stopping.set()
 
-    async def _feed(self, streams: Streams, ledger: Ledger, room: int) -> int:
-        """Feeds what there is room for. Redis checks the budget again, as part of the step."""
+    async def admit(self, streams: Streams, ledger: Ledger) -> int:
+        """Feeds prompts that there is room for, and returns how many. Redis checks the budget
+        again, as part of the step."""
+        room = self._max_in_flight - (ledger.fed - ledger.consumed - ledger.dead)
         end = min(ledger.fed + min(room, _BATCH), self._total)
         payloads = [
             encode(
@@ -98,9 +96,9 @@ class Feeder:
         )
         return added
 
-    def _oldest_weights(self, place: int) -> int:
-        """The oldest version that may sample the prompt which is trained at `place`. Admission
+    def _oldest_weights(self, index: int) -> int:
+        """The oldest version that may sample the prompt which is trained at `index`. Admission
         keeps it from being newer than the learner's, so nothing can wait for itself."""
         if self._fixed_sampler:
             return 0
-        return max(0, place // self._groups_per_step - self._max_staleness)
+        return max(0, index // self._groups_per_step - self._max_staleness)

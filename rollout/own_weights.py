@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from services import packed
-from services.models import load_model, probe_tokens
+from services.models import load_model, load_tokenizer, probe_tokens
 from services.weights import Weights
 
 
@@ -28,6 +28,7 @@ class OwnWeights:
 def read_weights(model_path: str) -> Weights:
     """A directory's weights, with the log-probs of the probe that engines check them by."""
     model = packed.prepare(load_model(model_path))
-    probe = probe_tokens(model.config.get_text_config().vocab_size)
+    vocab_size = model.config.get_text_config().vocab_size
+    probe = probe_tokens(vocab_size, load_tokenizer(model_path))
     (logprobs,) = packed.score(model, [probe], [1])
     return Weights.flatten(0, model.named_parameters(), probe, logprobs)

@@ -12,9 +12,12 @@ decoded, `T` longest completion, `V` vocabulary.
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -31,27 +34,23 @@ from rollout.engine import (
     Completion,
     Sampled,
     SamplingError,
-    check_manifest,
-    check_probe,
     check_request,
 )
 from rollout.pace import Pace
 from rollout.prepacked import prepack
+from rollout.rows import Request, Rows
+from services import layouts
 from services.batching import Batcher
-from services.stage import Unavailable
+from services.errors import Unavailable
 from services.trajectory import Sampling
-from services.weights import Weights
+from services.weights import Weights, check_probe, copy_weights
 
 ATTENTION = "scope_sampling"
+_log = logging.getLogger(__name__)
+_STATE = "scope_way_to_sample"  # kept with a model that was prepared
+METHODS = ("padded prompts", "prompts of one length", "no cache")  # the fastest first
+_CACHE = "past_key_values"
 _LINGER_S = 0.005  # prompts are claimed several at a time: those of one claim share a batch
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One group to be sampled."""
-
-    prompt_ids: Sequence[int]
-    sampling: Sampling
 
 
 class TransformersEngine:
@@ -76,6 +75,7 @@ class TransformersEngine:
         self._model = prepare(model)
         self._end_tokens = end_tokens
         self._tolerance = probe_tolerance
+        self._usual: float | None = None  # see `check_probe`
         self._version: int | None = None  # read and written on the batcher's thread only
         self._batcher: Batcher[Request, Sampled] = Batcher(
             self._sample,
@@ -107,17 +107,83 @@ class TransformersEngine:
     def _load(self, weights: Weights) -> None:
         self._version = None
         copy_weights(self._model, weights)
-        check_probe(weights, sequence_logprobs(self._model, weights.probe_ids), self._tolerance)
+        logprobs = sequence_logprobs(self._model, weights.probe_ids)
+        mean = check_probe(weights, logprobs, self._tolerance, self._usual)
+        self._usual = mean if self._usual is None else self._usual
         self._version = weights.version
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a model is sampled from."""
+
+    method: str  # one of `METHODS`
+    attention: str  # transformers' name of it
+
+
+def way(model: PreTrainedModel) -> Way:
+    """What `prepare` found; the fastest, for a model that was not prepared."""
+    chosen: Way = getattr(model, _STATE, Way(METHODS[0], model.config._attn_implementation or ""))
+    return chosen
+
+
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Switches a model with transformers' usual attention to the one below, and its linear layers
-    on a CPU to prepacked ones, which decode faster and compute the same."""
+    """Switches a model's linear layers on a CPU to prepacked ones, which decode faster and compute
+    the same. Then finds out how it samples right: what it drew in a small trial must have the
+    log-probs of plain forwards. Where transformers' usual attention is the model's own, the one
+    below is tried in its place.
+
+    Raises:
+        ValueError: it does not, in any of the ways known here, or its weights are no numbers.
+    """
+    if hasattr(model, _STATE):
+        return model
+    own, family = layouts.own_attention(model), model.config.model_type
+    layouts.set_attention(model, own)
+    if not all(map(math.isfinite, sequence_logprobs(model, layouts.trial_tokens(model, 3)))):
+        raise ValueError(f"{family}: the model's log-probs are no numbers; its weights are broken")
     prepack(model)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(ATTENTION)
-    return model
+    attentions = [ATTENTION, own] if own == "sdpa" else [own]
+    differences = {}
+    for tried in (Way(method, attention) for method in METHODS for attention in attentions):
+        setattr(model, _STATE, tried)
+        differences[tried] = _trial(model)
+        if differences[tried] <= (2e-4 if model.dtype == torch.float32 else 0.15):
+            _log.info("%s: samples with %s, proven on four prompts", family, tried.method)
+            return model
+    delattr(model, _STATE)
+    layouts.set_attention(model, own)
+    raise ValueError(
+        f"{family} models are not supported: none samples as they compute: "
+        f"{dict(zip(METHODS, differences.values(), strict=False))}"
+    )
+
+
+def _trial(model: PreTrainedModel) -> float:
+    """Largest difference (nats) between log-probs of a few samples as they were drawn and as
+    plain forwards with the model's own attention give them; infinity where the model cannot be
+    sampled from in this way."""
+    prompts = [layouts.trial_tokens(model, n) for n in (1, 12, 3, 1)]
+    limits = (6, 8, 5, 4)  # rows leave the batch one by one
+    requests = [
+        Request(prompt, Sampling(n=2, max_tokens=limit, seed=limit))
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    worst = 0.0
+    try:
+        groups = sample_groups(model, requests, [-1])
+        layouts.set_attention(model, layouts.own_attention(model))
+        for request, group in zip(requests, groups, strict=True):
+            for drawn in group:
+                whole = [*request.prompt_ids, *drawn.token_ids.tolist()]
+                plain = np.array(_plain(model, whole)[len(request.prompt_ids) - 1 :])
+                worst = max(worst, float(np.abs(plain - drawn.logprobs).max()))
+    except (*layouts.FAILURES, SamplingError) as error:
+        _log.info("%s does not sample this way: %s", model.config.model_type, error)
+        return math.inf
+    finally:
+        layouts.set_attention(model, way(model).attention)
+    return worst if math.isfinite(worst) else math.inf
 
 
 def _grouped_attention(
@@ -157,22 +223,110 @@ def sample_groups(
     """Samples all groups in one batch; `pace` sees how long its forwards took.
 
     Raises:
-        SamplingError: the model computed logits that are no numbers.
+        SamplingError: the model computed logits that are not finite.
     """
-    rows = _Rows(requests, end_tokens, model.device)
+    chosen = way(model)
+    layouts.set_attention(model, chosen.attention)
+    if chosen.method == "padded prompts":
+        return _sample_padded(model, requests, end_tokens, pace)
+    sample = _sample_cached if chosen.method == "prompts of one length" else _sample_anew
+    lengths = [len(request.prompt_ids) for request in requests]
+    made: dict[int, list[Completion]] = {}
+    for length in sorted(set(lengths)):
+        indices = [index for index, own in enumerate(lengths) if own == length]
+        groups = sample(model, [requests[index] for index in indices], end_tokens, pace)
+        made.update(zip(indices, groups, strict=True))
+    return [made[index] for index in range(len(requests))]
+
+
+def _sample_cached(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    end_tokens: Sequence[int],
+    pace: Pace | None,
+) -> list[list[Completion]]:
+    """Prompts of one length need no padding, which a recurrent layer would see, and so no mask:
+    any cache that transformers can reorder will do."""
+    rows = Rows(requests, end_tokens, model.device)
+    cache = DynamicCache(config=model.config)
+    # Models without attention call it so.
+    name = "cache_params" if "cache_params" in signature(model.forward).parameters else _CACHE
+
+    def forward(ids: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids, **{name: cache}, use_cache=True).logits
+        return logits[:, -1]
+
+    logits_AV = forward(rows.prompt_ids_BP)[rows.prompt_R]
+    cache.reorder_cache(rows.prompt_R)  # type: ignore[arg-type]
+    watch = _Watch(pace)
+    for step in range(rows.longest):
+        rows.choose(step, logits_AV)
+        kept = rows.drop_finished()
+        if not watch.goes_on(rows.count):
+            break
+        if kept is not None:
+            cache.reorder_cache(kept)  # type: ignore[arg-type]
+        logits_AV = forward(rows.last_tokens(step))
+    return rows.completions()
+
+
+def _sample_anew(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    end_tokens: Sequence[int],
+    pace: Pace | None,
+) -> list[list[Completion]]:
+    """Without a cache: each token costs a forward over all that stands before it. Right for every
+    causal model, and the last resort."""
+    rows = Rows(requests, end_tokens, model.device)
+    watch = _Watch(pace)
+    logits_AV = model(input_ids=rows.prompt_ids_BP, use_cache=False).logits[:, -1][rows.prompt_R]
+    for step in range(rows.longest):
+        rows.choose(step, logits_AV)
+        rows.drop_finished()
+        if not watch.goes_on(rows.count):
+            break
+        logits_AV = model(input_ids=rows.whole(step), use_cache=False).logits[:, -1]
+    return rows.completions()
+
+
+class _Watch:
+    """Tells a pace, if there is one, how long each forward took and how many rows it had."""
+
+    def __init__(self, pace: Pace | None) -> None:
+        self._pace = pace
+        self._counts: list[int] = []
+        self._stamps: list[float] = []
+
+    def goes_on(self, count: int) -> bool:
+        """Notes that a step ends with `count` rows; the last step is the one with none."""
+        self._stamps.append(time.perf_counter())
+        if count:
+            self._counts.append(count)
+        elif self._pace is not None:
+            between = [later - sooner for sooner, later in pairwise(self._stamps)]
+            self._pace.saw(self._counts, between)
+        return count > 0
+
+
+def _sample_padded(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    end_tokens: Sequence[int],
+    pace: Pace | None,
+) -> list[list[Completion]]:
+    """Prompts of all lengths in one batch, padded on the left."""
+    rows = Rows(requests, end_tokens, model.device)
     logits_BV, cache = _prefill(model, rows)
     logits_AV = logits_BV[rows.prompt_R]
     cache.batch_select_indices(rows.prompt_R)
-    _make_room(cache)
-    counts: list[int] = []
-    stamps: list[float] = []
+    _make_room(cache, rows.prompt_ids_BP.shape[1] + rows.longest)
+    watch = _Watch(pace)
     for step in range(rows.longest):
         rows.choose(step, logits_AV)
         kept = rows.drop_finished()  # waits for the device
-        stamps.append(time.perf_counter())
-        if not rows.count:
+        if not watch.goes_on(rows.count):
             break
-        counts.append(rows.count)
         if kept is not None:
             cache.batch_select_indices(kept)
         logits_AV = model(
@@ -182,14 +336,18 @@ def sample_groups(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-    if pace is not None:
-        pace.saw(counts, [later - sooner for sooner, later in pairwise(stamps)])
     return rows.completions()
 
 
 @torch.inference_mode()
 def sequence_logprobs(model: PreTrainedModel, token_ids: Sequence[int]) -> list[float]:
     """Log-probs (nats, temperature 1) of `token_ids[1:]`, in one plain forward."""
+    layouts.set_attention(model, way(model).attention)
+    return _plain(model, token_ids)
+
+
+def _plain(model: PreTrainedModel, token_ids: Sequence[int]) -> list[float]:
+    """`sequence_logprobs` with the attention that is on."""
     ids = torch.tensor([list(token_ids)], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     logprobs: list[float] = (
@@ -198,20 +356,7 @@ def sequence_logprobs(model: PreTrainedModel, token_ids: Sequence[int]) -> list[
     return logprobs
 
 
-@torch.no_grad()
-def copy_weights(model: PreTrainedModel, weights: Weights) -> None:
-    """Writes `weights` into the parameters of the same names, in the model's own precision.
-
-    Raises:
-        WeightsMismatch: names or shapes differ; nothing has been written then.
-    """
-    parameters = dict(model.named_parameters())
-    check_manifest(weights, {name: tuple(p.shape) for name, p in parameters.items()})
-    for name, tensor in weights.tensors():
-        parameters[name].copy_(tensor)
-
-
-def _prefill(model: PreTrainedModel, rows: _Rows) -> tuple[Tensor, DynamicCache]:
+def _prefill(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, DynamicCache]:
     """[B, V] logits after each prompt, and the KV cache of the prompts."""
     cache = DynamicCache(config=model.config)
     mask_BP = rows.prompt_mask_BP
@@ -227,12 +372,12 @@ def _prefill(model: PreTrainedModel, rows: _Rows) -> tuple[Tensor, DynamicCache]
     return logits[:, -1], cache
 
 
-def _make_room(cache: DynamicCache) -> None:
-    """Gives each layer room to grow. Those that attend to a window alone keep the cache that
-    transformers gives them."""
-    for place, layer in enumerate(cache.layers):
+def _make_room(cache: DynamicCache, most: int) -> None:
+    """Gives each layer room to grow, to `most` places at the end. Those that attend to a window
+    alone keep the cache that transformers gives them."""
+    for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[place] = _RoomyLayer(layer)
+            cache.layers[index] = _RoomyLayer(layer, most)
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -243,8 +388,9 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     keys: Tensor
     values: Tensor
 
-    def __init__(self, read: DynamicLayer) -> None:
+    def __init__(self, read: DynamicLayer, most: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._most = most
         keys, values = read.keys, read.values
         assert keys is not None and values is not None  # the prompts
         self.lazy_initialization(keys, values)
@@ -262,7 +408,8 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
         if end > self._all_keys.shape[2]:
-            self._show(_roomier(self.keys, end), _roomier(self.values, end), start)
+            places = max(end, min(2 * start, self._most))
+            self._show(_roomier(self.keys, places), _roomier(self.values, places), start)
         self._show(self._all_keys, self._all_values, end)
         self.keys[:, :, start:] = key_states
         self.values[:, :, start:] = value_states
@@ -278,143 +425,9 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._show(self._all_keys[:count], self._all_values[:count], length)
 
 
-def _roomier(states: Tensor, least: int) -> Tensor:
-    """A copy of [A, heads, S, D] with twice the room, or for `least` places."""
+def _roomier(states: Tensor, places: int) -> Tensor:
+    """A copy of [A, heads, S, D] with room for `places`."""
     rows, heads, length, width = states.shape
-    made = states.new_empty(rows, heads, max(least, 2 * length), width)
+    made = states.new_empty(rows, heads, places, width)
     made[:, :, :length] = states
     return made
-
-
-class _Rows:
-    """The trajectories of one batch while they grow. A row keeps its number when others are
-    dropped from the batch; `_active_A` says which rows the batch still consists of."""
-
-    def __init__(
-        self, requests: Sequence[Request], end_tokens: Sequence[int], device: torch.device
-    ) -> None:
-        counts = [r.sampling.n for r in requests]
-        lengths_B = torch.tensor([len(r.prompt_ids) for r in requests])
-        limits_B = torch.tensor([r.sampling.max_tokens for r in requests])
-        temperatures_B = torch.tensor([r.sampling.temperature for r in requests])
-        self.longest = int(limits_B.max())
-        self.prompt_ids_BP, self.prompt_mask_BP = _padded(requests, device)
-        prompt_R = torch.repeat_interleave(torch.arange(len(requests)), torch.tensor(counts))
-        self.prompt_R = prompt_R.to(device)
-        self._counts = counts
-        self._end_tokens = torch.tensor(list(end_tokens), device=device)
-        self._prompt_length_R = lengths_B[prompt_R].to(device)
-        self._limit_R = limits_B[prompt_R].to(device)
-        self._temperature_R = temperatures_B[prompt_R].to(device)
-        self._uniform_RT = _uniforms(requests, self.longest).to(device)
-        self._tokens_RT = torch.zeros(self._uniform_RT.shape, dtype=torch.int64, device=device)
-        self._logprobs_RT = torch.zeros(self._uniform_RT.shape, device=device)
-        self._length_R = torch.zeros(len(prompt_R), dtype=torch.int64, device=device)
-        self._stopped_R = torch.zeros(len(prompt_R), dtype=torch.bool, device=device)
-        self._mask_RS = torch.cat(  # S = P + T
-            [self.prompt_mask_BP[self.prompt_R], torch.ones_like(self._tokens_RT)], dim=1
-        )
-        self._active_A = torch.arange(len(prompt_R), device=device)
-
-    @property
-    def count(self) -> int:
-        """A: how many rows the batch has now."""
-        return len(self._active_A)
-
-    def choose(self, step: int, logits_AV: Tensor) -> None:
-        """Draws the next token of every row; finished rows that are still in the batch get one
-        as well, past their end."""
-        active = self._active_A
-        tokens_A, logprobs_A = draw(
-            logits_AV, self._temperature_R[active], self._uniform_RT[active, step]
-        )
-        self._tokens_RT[active, step] = tokens_A
-        self._logprobs_RT[active, step] = logprobs_A
-        growing_A = self._length_R[active] == 0
-        stops_A = growing_A & torch.isin(tokens_A, self._end_tokens)
-        ends_A = stops_A | (growing_A & (self._limit_R[active] == step + 1))
-        self._stopped_R[active] |= stops_A
-        self._length_R[active[ends_A]] = step + 1
-
-    def drop_finished(self) -> Tensor | None:
-        """Drops finished rows from the batch. Returns, if there were any, which row of the batch
-        each place of it now holds: those that stay keep their places, but for the last ones,
-        which fill the gaps."""
-        growing_A = self._length_R[self._active_A] == 0
-        count = int(growing_A.sum())
-        if count == self.count:
-            return None
-        kept = torch.arange(count, device=growing_A.device)
-        kept[~growing_A[:count]] = count + growing_A[count:].nonzero().squeeze(1)
-        self._active_A = self._active_A[kept]
-        return kept
-
-    def last_tokens(self, step: int) -> Tensor:
-        """[A, 1]"""
-        return self._tokens_RT[self._active_A, step, None]
-
-    def positions(self, step: int) -> Tensor:
-        """[A, 1]: the place of the last token in its sequence, padding not counted."""
-        return (self._prompt_length_R[self._active_A] + step)[:, None]
-
-    def mask(self, step: int) -> Tensor:
-        """[A, P + step + 1]: 0 on padding."""
-        return self._mask_RS[self._active_A, : self.prompt_ids_BP.shape[1] + step + 1]
-
-    def completions(self) -> list[list[Completion]]:
-        """Those of each request, in its order."""
-        tokens = self._tokens_RT.to(torch.int32).cpu().numpy()
-        logprobs = self._logprobs_RT.cpu().numpy()
-        made: list[Completion] = []
-        for row, (length, stopped) in enumerate(
-            zip(self._length_R.tolist(), self._stopped_R.tolist(), strict=True)
-        ):
-            # Copies: views would keep the arrays of the whole batch alive.
-            ids, lps = tokens[row, :length].copy(), logprobs[row, :length].copy()
-            made.append(Completion(ids, lps, "stop" if stopped else "length"))
-        ends = np.cumsum(self._counts)
-        return [made[end - n : end] for end, n in zip(ends, self._counts, strict=True)]
-
-
-def draw(logits_AV: Tensor, temperature_A: Tensor, uniform_A: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sampling: the [A] tokens at which the cumulated probability passes
-    `uniform_A` (float64, in [0, 1)), and their log-probs (float32).
-
-    A token of probability zero is never drawn: the CDF does not rise there.
-
-    Raises:
-        SamplingError: the logits are no numbers.
-    """
-    logprobs_AV = torch.log_softmax(logits_AV.float() / temperature_A[:, None], -1)
-    # In float32 the CDF of a large vocabulary would lose its least likely tokens.
-    cdf_AV = logprobs_AV.exp().cumsum(-1, dtype=torch.float64)
-    total_A1 = cdf_AV[:, -1:]
-    if not bool(torch.isfinite(total_A1).all()):
-        raise SamplingError("the model computed logits that are no numbers")
-    tokens_A1 = torch.searchsorted(cdf_AV, uniform_A[:, None] * total_A1, right=True)
-    return tokens_A1.squeeze(1), logprobs_AV.gather(1, tokens_A1).squeeze(1)
-
-
-def _uniforms(requests: Sequence[Request], longest: int) -> Tensor:
-    """[R, T] float64 in [0, 1): one stream a row, keyed by group seed and place in the group."""
-    values = np.zeros((sum(r.sampling.n for r in requests), longest))
-    row = 0
-    for sampling in (r.sampling for r in requests):
-        for place in range(sampling.n):
-            stream = np.random.Philox(np.random.SeedSequence(sampling.seed, spawn_key=(place,)))
-            count = sampling.max_tokens
-            values[row, :count] = np.random.Generator(stream).random(count)
-            row += 1
-    return torch.from_numpy(values)
-
-
-def _padded(requests: Sequence[Request], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[B, P] prompts padded on the left, where the cache can go on growing, and their mask."""
-    longest = max(len(r.prompt_ids) for r in requests)
-    ids = torch.zeros(len(requests), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for place, request in enumerate(requests):
-        start = longest - len(request.prompt_ids)
-        ids[place, start:] = torch.tensor(list(request.prompt_ids))
-        mask[place, start:] = 1
-    return ids.to(device), mask.to(device)

@@ -15,10 +15,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from transformers import AutoConfig
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import (
     WeightTransferInitRequest,
@@ -33,19 +35,16 @@ from rollout import vllm_transfer
 from rollout.config import RolloutConfig
 from rollout.engine import (
     Completion,
-    EngineDied,
     Sampled,
     SamplingError,
-    check_manifest,
-    check_probe,
     check_request,
 )
 from services import vllm_core
 from services.config import EngineConfig
-from services.models import end_tokens, parameter_shapes
-from services.stage import BadItem, Unavailable
+from services.errors import BadItem, EngineDied, Unavailable
+from services.models import end_tokens, locate, parameter_shapes, stored_names
 from services.trajectory import Sampling
-from services.weights import Sender, TransferFailed, Weights
+from services.weights import Sender, TransferFailed, Weights, check_manifest, check_probe
 
 SECTION = "rollout.engine"  # of a run's config, for messages
 _OWN_TRANSFERS = {"nccl": "nccl", "ipc": "ipc"}  # vLLM's
@@ -65,8 +64,11 @@ def engine_args(config: RolloutConfig, model_path: str) -> AsyncEngineArgs:
         model_path,
         config.engine,
         SECTION,
+        resources=config.resources,
         fixed={
-            "logprobs_mode": config.engine.logprobs_mode,
+            # Of the distribution that was sampled from, temperature applied, as ρ needs them.
+            "logprobs_mode": "processed_logprobs",
+            "max_logprobs": -1,  # as many as an objective asks for
             # So that the probe need not wait behind what goes on under weights not yet proven.
             "scheduling_policy": "priority",
             # When a prompt is prefilled in parts, vLLM 0.32 rewinds its random stream, which
@@ -74,12 +76,22 @@ def engine_args(config: RolloutConfig, model_path: str) -> AsyncEngineArgs:
             **({"enable_chunked_prefill": False} if vllm_core.on_cpu() else {}),
         },
         defaults={
+            # vLLM caches the prefixes of recurrent layers only where it prefills in parts.
+            **({"enable_prefix_caching": False} if _recurrent_on_cpu(model_path) else {}),
             "worker_extension_cls": _EXTENSION,
             "weight_transfer_config": {
                 "backend": _OWN_TRANSFERS.get(config.engine.weight_transfer, vllm_transfer.BACKEND)
             },
         },
     )
+
+
+def _recurrent_on_cpu(model_path: str) -> bool:
+    if not vllm_core.on_cpu():
+        return False
+    text: Any = AutoConfig.from_pretrained(locate(model_path)).get_text_config()
+    kinds = {*(getattr(text, "layer_types", None) or ())}
+    return not kinds <= {"full_attention", "sliding_attention"}
 
 
 def check(config: RolloutConfig, model_path: str) -> None:
@@ -108,7 +120,9 @@ class VLLMEngine:
     def __init__(self, config: RolloutConfig, model_path: str) -> None:
         self._end_tokens = list(end_tokens(model_path))
         self._shapes = parameter_shapes(model_path)
+        self._stored_names = stored_names(model_path, self._shapes)
         self._tolerance = config.probe_tolerance
+        self._usual: float | None = None  # see `check_probe`
         if config.engine.weight_transfer == "ipc":
             # CUDA's handles of shared memory reach vLLM's processes as pickles, from this one.
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -122,21 +136,29 @@ class VLLMEngine:
         """See `rollout.engine.Engine`. A cancelled call frees its place in the engine."""
         self._check(prompt_ids, sampling)
         async with self._turnstile.passing():
-            with _told_when_dead():
+            with _naming_the_dead():
                 output = await vllm_core.last_output(self._llm, prompt_ids, self._params(sampling))
         return _sampled(output.outputs)
 
     async def load_weights(self, weights: Weights) -> None:
         """See `rollout.engine.Engine`. Groups in flight are finished first, or go on under the
         new weights, as `in_flight` says."""
-        async with self._turnstile.closed(drained=self._in_flight == "wait") as opening:
-            check_manifest(weights, self._shapes)
-            with _told_when_dead():
-                weights = await self._while_alive(self._transfer(weights))
+        check_manifest(weights, self._shapes)
+        async with AsyncExitStack() as stack:
+            update: dict[str, Any] = {}
+            if weights.sender is None:  # written before anything stops, and beside what samples
+                file = vllm_transfer.shared(self._as_stored(weights))
+                update = await asyncio.to_thread(stack.enter_context, file)
+            opening = await stack.enter_async_context(
+                self._turnstile.closed(drained=self._in_flight == "wait")
+            )
+            with _naming_the_dead():
+                weights = await self._while_alive(self._transfer(weights, update))
                 logprobs = await vllm_core.sequence_logprobs(
                     self._llm, weights.probe_ids, priority=_FIRST
                 )
-            check_probe(weights, logprobs, self._tolerance)
+            mean = check_probe(weights, logprobs, self._tolerance, self._usual)
+            self._usual = mean if self._usual is None else self._usual
             opening.version = weights.version
 
     async def close(self) -> None:
@@ -156,28 +178,35 @@ class VLLMEngine:
         finally:
             task.cancel()
 
-    async def _transfer(self, weights: Weights) -> Weights:
+    async def _transfer(self, weights: Weights, update: dict[str, Any]) -> Weights:
         """Changes the weights, and tells which came. What was cached under the old ones is
         dropped."""
         await self._llm.pause_generation(mode="keep", clear_cache=True)
         try:
             if weights.sender is not None:
                 return await self._receive(weights.sender)
-            await self._read(weights)
+            await self._read(update)
             return weights
         finally:
             await self._llm.resume_generation()
 
-    async def _read(self, weights: Weights) -> None:
-        """From their buffer, by our own transfer engine."""
+    async def _read(self, update: dict[str, Any]) -> None:
+        """From their file, by our own transfer engine."""
         llm = self._llm
         if not self._connected:
             await llm.init_weight_transfer_engine(WeightTransferInitRequest())
             self._connected = True
-        with vllm_transfer.shared(weights) as update:
-            await llm.start_weight_update()
-            await llm.update_weights(WeightTransferUpdateRequest(update))
-            await llm.finish_weight_update(str(weights.version))
+        await llm.start_weight_update()
+        await llm.update_weights(WeightTransferUpdateRequest(update))
+        await llm.finish_weight_update(str(update["version"]))
+
+    def _as_stored(self, weights: Weights) -> Weights:
+        """Under the names of a multimodal checkpoint, where vLLM has loaded one."""
+        names = self._stored_names
+        manifest = (
+            (names.get(name, name), dtype, shape) for name, dtype, shape in weights.manifest
+        )
+        return replace(weights, manifest=tuple(manifest))
 
     async def _receive(self, sender: Sender) -> Weights:
         """From the learner, by one of vLLM's transfer engines, which its other end drives."""
@@ -214,7 +243,7 @@ class VLLMEngine:
             max_tokens=sampling.max_tokens,
             stop_token_ids=self._end_tokens,
             ignore_eos=True,  # our end tokens only, not those of vLLM's own reading of the config
-            logprobs=0,  # of the sampled token alone
+            logprobs=sampling.top,  # besides the sampled token
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -222,7 +251,7 @@ class VLLMEngine:
 
 
 @contextmanager
-def _told_when_dead() -> Iterator[None]:
+def _naming_the_dead() -> Iterator[None]:
     try:
         yield
     except EngineDeadError as error:
@@ -246,9 +275,12 @@ def _completion(output: CompletionOutput, runs: tuple[tuple[int, int], ...]) -> 
     flat: Any = output.logprobs
     logprobs = np.array([flat.logprobs[start] for start in flat.start_indices], np.float32)
     if not np.isfinite(logprobs).all():
-        raise SamplingError("the model computed log-probs that are no numbers")
+        raise SamplingError("the model computed log-probs that are not finite")
     ids = np.array(output.token_ids, np.int32)
-    return Completion(ids, logprobs, output.finish_reason, runs)
+    # Each place has as many entries: the sampled token's, and the most likely ones.
+    every = np.array(flat.token_ids, np.int32).reshape(len(ids), -1)
+    top = every[:, 1:] if every.shape[1] > 1 else None
+    return Completion(ids, logprobs, output.finish_reason, runs, top)
 
 
 class _Opening:
@@ -273,7 +305,7 @@ class _Turnstile:
         for the verdict on them.
 
         Raises:
-            services.stage.Unavailable: no weights that passed the probe are loaded.
+            services.errors.Unavailable: no weights that passed the probe are loaded.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: not self._closed)

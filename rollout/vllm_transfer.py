@@ -1,7 +1,8 @@
 """How new weights reach vLLM's worker processes where the learner shares no NCCL with them.
 
     VLLMEngine ── flat buffer ──▶ file in shared memory ── mapped, not copied ──▶ every worker
-        └───────── path and manifest, over vLLM's weight-transfer API ────────────────┘
+        │                   written once a node, before anything pauses                 ▲
+        └───────── path and manifest, over vLLM's weight-transfer API ──────────────────┘
 
 vLLM's worker imports this module because `WorkerExtension` is named in the engine arguments;
 importing it registers the transfer engine.
@@ -9,15 +10,17 @@ importing it registers the transfer engine.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -37,6 +40,7 @@ from services.weights import Weights
 
 BACKEND = "scope_shared_memory"
 _SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = "scope-weights-"
 
 
 @dataclass
@@ -54,15 +58,50 @@ class MappedWeights(WeightTransferUpdateInfo):
 
 
 @contextmanager
-def shared(weights: Weights) -> Iterator[dict[str, Any]]:
+def shared(weights: Weights, directory: Path | None = None) -> Iterator[dict[str, Any]]:
     """Puts the buffer where every process of this node can map it, and yields the fields of
-    `MappedWeights`. The file is gone afterwards: finish the update inside of the block."""
-    directory = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
-    with tempfile.NamedTemporaryFile(prefix="scope-weights-", dir=directory) as file:
-        weights.buffer.tofile(file)
-        file.flush()
+    `MappedWeights`. Engines of one node that load the same weights share a file, which the first
+    writes and the last removes: finish the update inside of the block."""
+    usable = os.access(_SHARED_MEMORY, os.W_OK)
+    directory = directory or (_SHARED_MEMORY if usable else Path(tempfile.gettempdir()))
+    path = directory / f"{_PREFIX}{weights.serial}"
+    file = _written(path, weights.buffer)
+    try:
         manifest = [[name, dtype, list(shape)] for name, dtype, shape in weights.manifest]
-        yield {"path": file.name, "version": weights.version, "manifest": manifest}
+        yield {"path": str(path), "version": weights.version, "manifest": manifest}
+    finally:
+        os.close(file)
+        _sweep(directory)
+
+
+def _written(path: Path, buffer: npt.NDArray[np.uint8]) -> int:
+    """A descriptor of the file with `buffer` in it. Its lock is shared by all who use the file,
+    and ends with their processes, however these end."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with suppress(BlockingIOError):  # somebody writes or uses it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file).st_size != buffer.nbytes:  # new, or its writer was killed
+                os.ftruncate(file, 0)
+                with open(file, "wb", closefd=False) as stream:
+                    stream.write(buffer.data)
+        fcntl.flock(file, fcntl.LOCK_SH)  # waits for a writer
+        if os.fstat(file).st_nlink and os.fstat(file).st_size == buffer.nbytes:
+            return file
+        os.close(file)  # removed in between, or its writer was killed just now
+
+
+def _sweep(directory: Path) -> None:
+    """Removes the files of this kind that no process uses: our own, or those of killed ones."""
+    for path in directory.glob(f"{_PREFIX}*"):
+        try:
+            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:  # removed meanwhile, or another user's
+            continue
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        os.close(file)
 
 
 class SharedMemoryTransfer(WeightTransferEngine[NoInit, MappedWeights]):
@@ -91,6 +130,7 @@ class SharedMemoryTransfer(WeightTransferEngine[NoInit, MappedWeights]):
         finalize_layerwise_reload(self.model, self.model_config)
         if current_platform.is_cpu():
             repack_vocabulary(self.model)
+            repack_experts(self.model)
 
     def shutdown(self) -> None:
         """Holds nothing between updates."""
@@ -105,6 +145,15 @@ def repack_vocabulary(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, VocabParallelEmbedding):
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def repack_experts(model: torch.nn.Module) -> None:
+    """Puts experts' new weights into the layout of the CPU's kernels, which vLLM 0.32 does when a
+    model is loaded and leaves out when it is reloaded: the kernels would read them as packed."""
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(module)
 
 
 class WorkerExtension:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any
@@ -28,7 +28,7 @@ class Buckets:
     """Sequences of like length side by side, for attention without a variable-length kernel.
     Padding stands on the right, where causality already hides it from every real token."""
 
-    places: tuple[Tensor, ...]  # [S_b, L_b] int64, place in the pack of each token of a bucket
+    indices: tuple[Tensor, ...]  # [S_b, L_b] int64, index in the pack of each token of a bucket
     real: tuple[Tensor, ...]  # [S_b, L_b] bool, False on padding
     back: Tensor  # [T] int64, where each token of the pack is among the real ones, in turn
 
@@ -44,24 +44,45 @@ class Buckets:
             parts[-1].append(sequence)
         columns = [np.arange(sizes[part].max()) for part in parts]
         real = [c < sizes[part, None] for part, c in zip(parts, columns, strict=True)]
-        places = [
+        indices = [
             np.where(r, starts[part, None] + c, 0)
             for part, c, r in zip(parts, columns, real, strict=True)
         ]
-        turns = [p[r] for p, r in zip(places, real, strict=True)]
+        turns = [p[r] for p, r in zip(indices, real, strict=True)]
         return Buckets(
-            places=tuple(torch.from_numpy(p) for p in places),
+            indices=tuple(torch.from_numpy(p) for p in indices),
             real=tuple(torch.from_numpy(r) for r in real),
             back=torch.from_numpy(np.argsort(np.concatenate(turns or [np.empty(0, np.int64)]))),
+        )
+
+    def filled_up(self, count: int) -> Buckets:
+        """With idle ones, of one token that is nobody's, so that there are `count`."""
+        idle = (self.back.new_zeros(1, 1),) * (count - len(self.indices))
+        return replace(
+            self, indices=self.indices + idle, real=self.real + tuple(one.bool() for one in idle)
         )
 
     def to(self, device: torch.device | str) -> Buckets:
         """The same buckets on `device`."""
         return Buckets(
-            places=tuple(on_device(p, device) for p in self.places),
+            indices=tuple(on_device(p, device) for p in self.indices),
             real=tuple(on_device(r, device) for r in self.real),
             back=on_device(self.back, device),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rule:
+    """What a layer's attention does besides being causal."""
+
+    scale: float | None
+    window: int | None = None  # keys that a token sees, its own among them
+    sinks: Tensor | None = None  # [heads] logits of a key that gives nothing
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is causal, and nothing else."""
+        return self.window is None and self.sinks is None
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -85,25 +106,51 @@ def _packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of the pack (transformers' attention interface)."""
-    if dropout or (sliding_window and sliding_window < max_length_q):
-        raise ValueError("packed attention has no dropout and no sliding window")
+    if dropout or softcap:  # transformers' own attention leaves soft caps out, but when eager
+        raise ValueError("packed attention has no dropout and no soft cap")
+    window = sliding_window if sliding_window and sliding_window < max_length_q else None
+    rule = Rule(scaling, window, s_aux)
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave queries and keys in float32, which no such kernel takes.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     if prefixes:
-        if torch.is_autocast_enabled(query.device.type):  # as it does for torch's own attention
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key, value = (x.to(dtype) for x in (query, key, value))
+        if not rule.plain:
+            raise ValueError("shared prefixes have no window and no sinks")
         shared: Any = _Cascaded.apply
         return shared(query, key, value, buckets, prefixes, scaling), None
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and find_spec("torch.nn.attention.varlen"):  # from torch 2.10 on
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
-    return _bucketed(query, key, value, buckets, scaling), None
+    if query.is_cuda and half and _has_kernel(rule):
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, rule), None
+    return _bucketed(query, key, value, buckets, rule), None
+
+
+def computes(rule: Rule, varlen: bool) -> str:
+    """What attends by this rule, where a kernel of variable lengths may run (`varlen`) or not."""
+    if varlen and _has_kernel(rule):
+        return "one kernel over all lengths, fused"
+    if rule.sinks is not None:
+        return "plain products for its sinks, not fused"
+    window = "" if rule.window is None else " with a mask for its window"
+    return f"PyTorch's fused one{window}, sequences of like length at a time"
+
+
+def _has_kernel(rule: Rule) -> bool:
+    """Whether torch has a kernel of variable lengths for it: from 2.10 on, and windows later."""
+    if rule.sinks is not None or not find_spec("torch.nn.attention.varlen"):
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return rule.window is None or "window_size" in signature(varlen_attn).parameters
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, rule: Rule
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -111,36 +158,50 @@ def _varlen(
     known = signature(varlen_attn).parameters  # they differ from one torch to the next
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    causal: Any = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **causal)
+    before = -1 if rule.window is None else rule.window - 1
+    causal: Any = {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=rule.scale, **causal)
     assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
     return out[None]
 
 
-def _bucketed(
-    query: Tensor, key: Tensor, value: Tensor, buckets: Buckets, scale: float | None
-) -> Tensor:
+def _bucketed(query: Tensor, key: Tensor, value: Tensor, buckets: Buckets, rule: Rule) -> Tensor:
     """[1, T, heads, D]; spreads the sequences over rows, a bucket at a time."""
-    if len(buckets.places) == 1 and buckets.places[0].numel() == query.shape[2]:
+    if len(buckets.indices) == 1 and buckets.indices[0].numel() == query.shape[2]:
         # All of one length: their rows lie in the pack as they are.
-        shape = buckets.places[0].shape
+        shape = buckets.indices[0].shape
         q, k, v = (
             x[0].reshape(x.shape[1], *shape, x.shape[3]).transpose(0, 1)
             for x in (query, key, value)
         )
-        out = _causal(q, k, v, scale)
+        out = _causal(q, k, v, rule)
         return out.transpose(1, 2).flatten(0, 1)[None]
     outputs = []
-    for places, real in zip(buckets.places, buckets.real, strict=True):
-        q, k, v = (x[0][:, places].transpose(0, 1) for x in (query, key, value))
-        outputs.append(_causal(q, k, v, scale).transpose(1, 2)[real])
+    for indices, real in zip(buckets.indices, buckets.real, strict=True):
+        q, k, v = (x[0][:, indices].transpose(0, 1) for x in (query, key, value))
+        outputs.append(_causal(q, k, v, rule).transpose(1, 2)[real])
     return torch.cat(outputs)[buckets.back][None]
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+def _causal(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """[S_b, heads, L_b, D]"""
+    grouped, length = q.shape[1] // k.shape[1], q.shape[2]
+    if rule.sinks is None and (rule.window is None or rule.window >= length):
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=rule.scale, enable_gqa=grouped > 1
+        )
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    seen = seen if rule.window is None else seen.triu(1 - rule.window)
+    if rule.sinks is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, seen, scale=rule.scale, enable_gqa=grouped > 1
+        )
+    k, v = (x.repeat_interleave(grouped, 1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)) * (q.shape[3] ** -0.5 if rule.scale is None else rule.scale)
+    # A sink is one more key, whose value is nothing.
+    sinks = rule.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+    scores = torch.cat([scores.masked_fill(~seen, -math.inf), sinks], 3)
+    return scores.softmax(3, dtype=torch.float32).to(v.dtype)[..., :length] @ v
 
 
 class _Cascaded(torch.autograd.Function):
@@ -163,8 +224,8 @@ class _Cascaded(torch.autograd.Function):
     ) -> Tensor:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         outputs, normalisers = [], []
-        for places, real in zip(buckets.places, buckets.real, strict=True):
-            q, k, v = (_rows(x[0], places) for x in (query, key, value))
+        for indices, real in zip(buckets.indices, buckets.real, strict=True):
+            q, k, v = (_rows(x[0], indices) for x in (query, key, value))
             out, normaliser = flash(q, k, v, is_causal=True, scale=scale)
             outputs.append(out.transpose(1, 2)[real])
             normalisers.append(normaliser.transpose(1, 2)[real])
@@ -191,13 +252,13 @@ class _Cascaded(torch.autograd.Function):
         # [heads, T, D] and [heads, T]
         by_head = [x.transpose(0, 1) for x in (gradient[0], output, total)]
         parts: list[list[Tensor]] = [[], [], []]
-        for places, real in zip(buckets.places, buckets.real, strict=True):
+        for indices, real in zip(buckets.indices, buckets.real, strict=True):
             q, k, v, slope, out, normaliser = (
-                _rows(x, places) for x in (query[0], key[0], value[0], *by_head)
+                _rows(x, indices) for x in (query[0], key[0], value[0], *by_head)
             )
             normaliser = normaliser.masked_fill(~real[:, None], math.inf)  # padding sees nothing
-            found = flash(slope, q, k, v, out, normaliser, 0.0, True, scale=scale)
-            for kept, x in zip(parts, found, strict=True):
+            gradients = flash(slope, q, k, v, out, normaliser, 0.0, True, scale=scale)
+            for kept, x in zip(parts, gradients, strict=True):
                 kept.append(x.transpose(1, 2)[real])
         for_query, for_key, for_value = (torch.cat(kept)[buckets.back] for kept in parts)
         for start, middle, end in prefixes:
@@ -207,16 +268,18 @@ class _Cascaded(torch.autograd.Function):
                 _folded(x[:, after], key.shape[1]) for x in (by_head[0], query[0], by_head[1])
             )
             normaliser = by_head[2][:, after].reshape(1, key.shape[1], -1)
-            found = flash(slope, q, k, v, out, normaliser, 0.0, False, scale=scale)
-            for_query[after] += found[0].reshape(query.shape[1], end - middle, -1).transpose(0, 1)
-            for_key[start:middle] += found[1][0].transpose(0, 1)
-            for_value[start:middle] += found[2][0].transpose(0, 1)
+            gradients = flash(slope, q, k, v, out, normaliser, 0.0, False, scale=scale)
+            for_query[after] += (
+                gradients[0].reshape(query.shape[1], end - middle, -1).transpose(0, 1)
+            )
+            for_key[start:middle] += gradients[1][0].transpose(0, 1)
+            for_value[start:middle] += gradients[2][0].transpose(0, 1)
         return *(x.transpose(0, 1)[None] for x in (for_query, for_key, for_value)), None, None, None
 
 
-def _rows(x: Tensor, places: Tensor) -> Tensor:
+def _rows(x: Tensor, indices: Tensor) -> Tensor:
     """[S_b, heads, L_b, …] of [heads, T, …]."""
-    return x[:, places].transpose(0, 1)
+    return x[:, indices].transpose(0, 1)
 
 
 def _folded(x: Tensor, kv_heads: int) -> Tensor:

@@ -70,13 +70,13 @@ class Batcher(Generic[ItemT, ResultT]):
             work = loop.run_in_executor(self._thread, self._run, [item for item, _ in batch])
             await asyncio.wait({work})
             error = work.exception()
-            for place, (_, future) in enumerate(batch):
+            for index, (_, future) in enumerate(batch):
                 if future.done():
                     continue
                 if error is not None:
                     future.set_exception(error)
                 else:
-                    future.set_result(work.result()[place])
+                    future.set_result(work.result()[index])
 
     def _next_batch(self) -> list[tuple[ItemT, asyncio.Future[ResultT]]]:
         batch: list[tuple[ItemT, asyncio.Future[ResultT]]] = []

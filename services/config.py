@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,11 @@ class Config(BaseModel):
     """Base of every config: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def class_for(cls, raw: object) -> type[Self]:
+        """The class that reads `raw`: this one, unless a tag in it chooses another."""
+        return cls
 
 
 class RedisConfig(Config):
@@ -51,6 +56,16 @@ class Resources(Config):
     role on the nodes that are meant for it."""
 
 
+class WorkersConfig(Config):
+    """The workers of one stage."""
+
+    workers: int = Field(default=1, ge=1)
+    resources: Resources = Resources()
+    """What each worker reserves."""
+    capacity: int = Field(default=16, ge=1)
+    """Items that one worker works on at once."""
+
+
 HEAD = Resources(cpus=0.0, custom={"node:__internal_head__": 0.001})
 """A place on the head, for what reserves no CPU. Ray would put it on any node, and a node on which
 anything lives is never idle: no autoscaler takes it away."""
@@ -60,17 +75,34 @@ class EngineConfig(Config):
     """What runs a model."""
 
     kind: Literal["auto", "vllm", "transformers"] = "auto"
-    """`auto` is vLLM where there is a GPU and vLLM is installed, transformers elsewhere."""
+    """`auto`: vLLM where the role reserves a GPU and vLLM is installed, else transformers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto` is bfloat16 on a GPU and float32 elsewhere."""
     device: str = "auto"
-    """A torch device; `auto` is `cuda` where there is one, `cpu` elsewhere."""
+    """A torch device; `auto` is `cuda` where the role reserves a GPU, `cpu` elsewhere."""
     args: dict[str, Any] = Field(default_factory=dict)
     """More arguments for vLLM's engine, by the names of its `AsyncEngineArgs`, such as
     `tensor_parallel_size`; the transformers engine takes none."""
+
+    def on(self, resources: Resources) -> str:
+        """The torch device, for a role with these resources."""
+        # Not what torch sees: Ray leaves the GPUs visible to an actor that reserved none of them.
+        return self.device if self.device != "auto" else "cuda" if resources.gpus else "cpu"
+
+    def precision(self, resources: Resources) -> str:
+        """The torch dtype that is computed in, by a role with these resources."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.on(resources).startswith("cuda") else "float32"
 
     @property
     def gpus(self) -> int:
         """GPUs that one engine runs on, as `args` say."""
         sizes = ("tensor_parallel_size", "pipeline_parallel_size")
         return math.prod(int(self.args.get(size, 1)) for size in sizes)
+
+    def gpu_share(self, resources: Resources) -> float:
+        """Of the memory of each of its GPUs, the part that vLLM takes: 0.92 of what the role
+        reserves, as its own default is 0.92 of a whole one."""
+        part = round(0.92 * min(1.0, resources.gpus), 3)
+        return float(self.args.get("gpu_memory_utilization", part))

@@ -4,23 +4,37 @@ together."""
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from services import multimodal
 
 if TYPE_CHECKING:  # fingerprints must not cost an import of torch
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_EDGE = 1 << 20  # bytes hashed at each end of a weight file: whole files would take minutes
+_READERS = 4  # files read at once for a fingerprint
+_PROBE_TEXT = (
+    "A train leaves at 9:40 and travels 150 km in 2.5 hours. Its speed is 150 / 2.5 = 60 km/h, so "
+    "it arrives at 12:10. Let x + 3 = 8; then x = 5.\n\ndef area(r):\n    return 3.14 * r ** 2\n"
+)
 
 
 class ModelError(ValueError):
     """A model directory cannot be used; the message says which and why."""
+
+
+class Unencodable(ValueError):
+    """A text that a tokenizer has no tokens for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +67,7 @@ def locate(path: str) -> Path:
     try:
         return Path(snapshot_download(path))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{path} is no local directory, and the hub said: {error}") from error
+        raise ModelError(f"{path} is not a local directory, and the Hub said: {error}") from error
 
 
 def at_hand(path: str) -> bool:
@@ -92,10 +106,15 @@ def write_model(
     tensors: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Writes a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` loads."""
+    """Writes a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` loads. Of a text
+    model that came out of a multimodal checkpoint, that whole checkpoint."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    if (directory := multimodal.enclosing(config)) is not None:
+        multimodal.write_around(path, directory, tensors)
+        tokenizer.save_pretrained(path)
+        return
     config = copy.deepcopy(config)
     config._attn_implementation = "sdpa"  # ours has no meaning outside this project
     factory: Any = AutoModelForCausalLM
@@ -117,21 +136,40 @@ def parameter_shapes(path: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
+def stored_names(path: str, names: Iterable[str]) -> dict[str, str]:
+    """What a directory calls the parameters that `load_model` gives, where that is something else.
+
+    Raises:
+        ModelError: it is a multimodal checkpoint that the text model could not be put back into.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(locate(path)).get_text_config()
+    config._name_or_path = str(locate(path))
+    if (directory := multimodal.enclosing(config)) is None:
+        return {}
+    try:
+        return multimodal.stored_names(directory, names)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
+
+
 def end_tokens(path: str) -> tuple[int, ...]:
     """Token ids that end a completion, from the generation config or else the config."""
     directory = locate(path)
     for name in ("generation_config.json", "config.json"):
         file = directory / name
-        ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        ids = settings.get("eos_token_id")
         if ids is not None:
             return (ids,) if isinstance(ids, int) else tuple(ids)
-    raise ModelError(f"{path} names no end token (eos_token_id)")
+    raise ModelError(f"{path} has no end token (eos_token_id)")
 
 
 def fingerprint(path: str) -> Fingerprint:
     """Identifies a model directory without loading its weights."""
     directory = locate(path)
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config") or config
     tokenizer = load_tokenizer(path)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
@@ -148,44 +186,68 @@ def fingerprint(path: str) -> Fingerprint:
 
 def differences(student: Fingerprint, teacher: Fingerprint) -> dict[str, str]:
     """What keeps `teacher` from scoring `student`'s tokens: aspect -> one sentence."""
-    found: dict[str, str] = {}
+    differences: dict[str, str] = {}
     if student.tokenizer_size != teacher.tokenizer_size:
-        found["tokenizer"] = (
+        differences["tokenizer"] = (
             f"the tokenizers differ: the student's has {student.tokenizer_size} tokens, "
             f"the teacher's {teacher.tokenizer_size}"
         )
     elif student.tokenizer != teacher.tokenizer:
-        found["tokenizer"] = (
+        differences["tokenizer"] = (
             f"the tokenizers differ: {student.tokenizer_size} tokens each, but not the same ids"
         )
     if teacher.vocab_size < student.tokenizer_size:
-        found["vocabulary"] = (
+        differences["vocabulary"] = (
             f"the teacher predicts {teacher.vocab_size} tokens, fewer than the "
             f"{student.tokenizer_size} that the student's tokenizer has"
         )
     if set(student.end_tokens) != set(teacher.end_tokens):
-        found["end_tokens"] = (
+        differences["end_tokens"] = (
             f"the end tokens differ: student {list(student.end_tokens)}, "
             f"teacher {list(teacher.end_tokens)}"
         )
     if student.chat_template != teacher.chat_template:
-        found["chat_template"] = (
+        differences["chat_template"] = (
             "the chat templates differ (the student's is used; the teacher sees token ids)"
         )
-    return found
+    return differences
 
 
-def probe_tokens(vocab_size: int, length: int = 32) -> list[int]:
-    """A fixed sequence, spread over the whole vocabulary, that every weight update is checked
-    on: the engine's log-probs of it must equal the learner's."""
+def probe_tokens(
+    vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None, length: int = 64
+) -> list[int]:
+    """A fixed sequence that every weight update is checked on: the engine's log-probs of it must
+    equal the learner's. Natural text, where a tokenizer knows its characters: the log-probs of
+    improbable tokens are what rounding changes most. Else tokens from all over the vocabulary."""
+    if tokenizer is not None:
+        ids: list[int] = []
+        with suppress(Unencodable), encoding():
+            ids = tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)[:length]
+        if len(set(ids)) >= 16 and max(ids) < vocab_size:
+            return ids
     return [(7 + 7919 * i) % vocab_size for i in range(length)]
 
 
-def probe_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Largest absolute difference between two sets of log-probs of the probe, in nats; NaN when
-    one of them is no number."""
-    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-    return max(differences) if all(map(math.isfinite, differences)) else math.nan
+@contextmanager
+def encoding() -> Iterator[None]:
+    """Around what tokenises text.
+
+    Raises:
+        Unencodable: the tokenizer has no token for something in it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:  # all that the core of `tokenizers` raises is this type
+            raise
+        raise Unencodable(str(error)) from error
+
+
+def probe_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Mean and 90th percentile of the absolute differences between two sets of log-probs of the
+    probe, in nats."""
+    apart = sorted(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    return sum(apart) / len(apart), apart[9 * (len(apart) - 1) // 10]
 
 
 def _weights_hash(directory: Path) -> str:
@@ -193,14 +255,28 @@ def _weights_hash(directory: Path) -> str:
     files = _weight_files(directory)
     if not files:
         raise ModelError(f"{directory} holds no weights (*.safetensors)")
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_EDGE))
-            stream.seek(max(0, size - _EDGE))
-            digest.update(stream.read(_EDGE))
+    with ThreadPoolExecutor(_READERS) as readers:
+        for file, file_digest in zip(files, readers.map(_file_hash, files), strict=True):
+            digest.update(f"{file.name}:{file_digest}".encode())
     return digest.hexdigest()[:16]
+
+
+def _file_hash(file: Path) -> str:
+    """Of all its bytes: about 1 GB/s, so once for each state of the file."""
+    known = file.stat()
+    return _read_hash(file, known.st_size, known.st_mtime_ns)
+
+
+@functools.cache
+def _read_hash(file: Path, size: int, changed_ns: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def memory_for(path: str) -> bool:
+    """Whether this machine has room for the weights of a directory in float32 now."""
+    size = sum(file.stat().st_size for file in _weight_files(locate(path)))
+    return 2 * size < psutil.virtual_memory().available  # they are stored in 16 bits or more
 
 
 def _weight_files(directory: Path) -> list[Path]:

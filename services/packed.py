@@ -1,4 +1,5 @@
-"""Log-probs of given tokens under a model: packed, so that no time goes to padding.
+"""Log-probs of given tokens under a model: packed, so that no time goes to padding, or in rows
+where a model is right in these alone (`services.layouts`).
 
 All sequences of a batch lie one after another in one row of `T` tokens. Linear layers see just
 those tokens; attention alone looks at the boundaries (`services.attention`).
@@ -14,6 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from services.attention import ATTENTION, Buckets, on_device
+from services import layouts
+from services.attention import ATTENTION, Buckets, Rule, computes, on_device
+from services.fused import fuse
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of float32 logits that exist at once
 MIN_PREFIX = 16  # tokens; a shorter beginning costs more to share than to compute again
@@ -37,7 +44,7 @@ class Pack:
     position_ids: Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: Tensor  # [S + 1] int32, where each segment starts
     max_seqlen: int  # of whole sequences
-    sources: Tensor  # [C] place in the pack of the token before each scored one
+    sources: Tensor  # [C] index in the pack of the token before each scored one
     targets: Tensor  # [C] the scored token ids
     lengths: tuple[int, ...]  # scored tokens of each sequence, sums to C
     buckets: Buckets
@@ -64,7 +71,7 @@ def pack(
     families: Sequence[Sequence[int]] | None = None,
 ) -> Pack:
     """Packs token id sequences; tokens from `starts[i]` on are scored in sequence `i`. `families`
-    are the places of all sequences: those in one have the same tokens before their starts, and
+    are the indices of all sequences: those in one have the same tokens before their starts, and
     these lie in the pack once. None shares nothing.
 
     Raises:
@@ -93,11 +100,11 @@ def pack(
             sources[family[0]] = np.arange(at + start - 1, bounds[-1] - 1)
             continue
         at = lay(sequences[family[0]][:start], 0)
-        for place in family:  # nothing is predicted from the last token
-            after = lay(sequences[place][start:-1], start)
-            scored = np.arange(after - 1, after + len(sequences[place]) - start - 1)
+        for index in family:  # nothing is predicted from the last token
+            after = lay(sequences[index][start:-1], start)
+            scored = np.arange(after - 1, after + len(sequences[index]) - start - 1)
             scored[:1] = at + start - 1
-            sources[place] = scored
+            sources[index] = scored
         prefixes.append((at, at + start, bounds[-1]))
     targets = (np.asarray(ids[at:], np.int64) for ids, at in zip(sequences, starts, strict=True))
     return Pack(
@@ -117,51 +124,81 @@ def same_beginnings(
     sequences: Sequence[Sequence[int] | npt.NDArray[np.int32]], starts: Sequence[int]
 ) -> list[list[int]]:
     """Places of sequences with the same tokens before their starts, together; short ones alone."""
-    found: dict[object, list[int]] = {}
-    for place, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
-        key = tuple(ids[:start]) if start >= MIN_PREFIX else place
-        found.setdefault(key, []).append(place)
-    return list(found.values())
+    families: dict[object, list[int]] = {}
+    for index, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+        key = tuple(ids[:start]) if start >= MIN_PREFIX else index
+        families.setdefault(key, []).append(index)
+    return list(families.values())
 
 
 def can_share(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether sequences of a `pack` may share prefixes where `device` computes: the attention for
-    it exists on the CPU only."""
-    return device.type == "cpu" and not hasattr(model.config.get_text_config(), "v_head_dim")
+    it exists on the CPU only, and for layers that see all that stands before a token."""
+    return device.type == "cpu" and layouts.proven(model).shares
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Switches `model` to packed attention. Its `generate` must not be used afterwards.
+    """Finds the layout in which `model` is right, and what it does to its logits. Its `generate`
+    must not be used afterwards.
 
     Raises:
-        ValueError: the model does something to its logits or its attention that this module
-            would silently leave out.
+        ValueError: neither layout gives what the model gives for each sequence by itself.
     """
-    config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale"):
-        if getattr(config, name, None):
-            raise ValueError(f"{config.model_type} models are not supported: they use {name}")
-    if getattr(config, "logits_scaling", 1.0) not in (None, 1, 1.0):
-        raise ValueError(f"{config.model_type} models are not supported: they use logits_scaling")
-    if any("linear" in kind for kind in getattr(config, "layer_types", None) or ()):
-        raise ValueError(f"{config.model_type} models are not supported: linear attention layers")
-    model.set_attn_implementation(ATTENTION)
+    if layouts.is_proven(model):
+        return model
+    fuse(model)
+    family, own, training = model.config.model_type, layouts.own_attention(model), model.training
+    model.train(False)
+    proven = None
+    try:
+        proven = layouts.find(model, output_head(model), partial(_tried, model))
+    except layouts.FAILURES as error:
+        raise ValueError(f"{family} models are not supported: {error}") from error
+    finally:
+        model.train(training)
+        if proven is None:
+            layouts.set_attention(model, own)
+    layouts.record(model, proven)
     return model
+
+
+def _tried(
+    model: PreTrainedModel,
+    proven: layouts.Proven,
+    sequences: Sequence[Sequence[int]],
+    common: int | None,
+) -> Tensor:
+    """See `layouts.Run`."""
+    together = None if common is None else [list(range(len(sequences)))]
+    batch = pack(sequences, [common or 1] * len(sequences), families=together).to(model.device)
+    return _all_hidden(model, batch, proven)[batch.sources]
 
 
 def hidden_states(model: PreTrainedModel, pack: Pack) -> Tensor:
     """[C, H] final hidden states from which the scored tokens are predicted."""
-    output = model.base_model(
-        input_ids=pack.token_ids[None],
-        position_ids=pack.position_ids[None],
-        use_cache=False,
-        cu_seq_lens_q=pack.cu_seqlens,
-        max_length_q=pack.max_seqlen,
-        buckets=pack.buckets,
-        prefixes=pack.prefixes,
-    )
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden[pack.sources]
+    return _all_hidden(model, pack, layouts.proven(model))[pack.sources]
+
+
+def _all_hidden(model: PreTrainedModel, pack: Pack, proven: layouts.Proven) -> Tensor:
+    """[T, H] final hidden states of the whole pack."""
+    packs = proven.layout == "packed"
+    layouts.set_attention(model, ATTENTION if packs else layouts.own_attention(model))
+    if packs:
+        return layouts.last_hidden(
+            model,
+            proven.source,
+            input_ids=pack.token_ids[None],
+            position_ids=pack.position_ids[None],
+            cu_seq_lens_q=pack.cu_seqlens,
+            max_length_q=pack.max_seqlen,
+            buckets=pack.buckets,
+            prefixes=pack.prefixes,
+        )[0]
+    rows = [
+        layouts.last_hidden(model, proven.source, input_ids=pack.token_ids[indices])[real]
+        for indices, real in zip(pack.buckets.indices, pack.buckets.real, strict=True)
+    ]
+    return torch.cat(rows)[pack.buckets.back]
 
 
 def token_logprobs(
@@ -169,16 +206,25 @@ def token_logprobs(
     pack: Pack,
     temperatures: Sequence[float],
     others: Tensor | None = None,
+    detached: int = 0,
 ) -> Tensor:
-    """[K, C] float32 log-probs of the scored tokens, one row a temperature. Differentiable. With
-    `others`, [C, M] more token ids at each place, [K, C, 1 + M]: the scored token comes first."""
+    """[K, C] float32 log-probs of the scored tokens, one row a temperature. Differentiable, but
+    for the first `detached` rows. With `others`, [C, M] more token ids at each place,
+    [K, C, 1 + M]: the scored token comes first."""
     hidden = hidden_states(model, pack)
     head = output_head(model)
     targets = pack.targets
     if others is not None:
         targets = torch.cat([targets[:, None], others], 1)
     return linear_logprobs(
-        hidden, head.weight, head.bias, targets, temperatures, entropy=False
+        hidden,
+        head.weight,
+        head.bias,
+        targets,
+        temperatures,
+        entropy=False,
+        detached=detached,
+        logit_map=layouts.proven(model).logits,
     ).logprobs
 
 
@@ -194,7 +240,7 @@ def output_head(model: PreTrainedModel) -> torch.nn.Linear:
     return head
 
 
-class LogProbs(NamedTuple):
+class TargetLogProbs(NamedTuple):
     """What `linear_logprobs` gives; all float32."""
 
     logprobs: Tensor  # [K, C] or [K, C, M] of the targets, one row a temperature
@@ -209,7 +255,9 @@ def linear_logprobs(
     temperatures: Sequence[float] = (1.0,),
     *,
     entropy: bool = True,
-) -> LogProbs:
+    detached: int = 0,
+    logit_map: layouts.LogitMap = layouts.LogitMap(),  # noqa: B008 (frozen)
+) -> TargetLogProbs:
     """Log-probs of `targets` under `softmax((hidden @ weight.T + bias) / temperature)`.
 
     The logits exist for a chunk of `CHUNK_BYTES` at a time: in the forward and, when there are
@@ -222,14 +270,18 @@ def linear_logprobs(
         targets: [C] int64, or [C, M] for several tokens at each place.
         temperatures: K of them.
         entropy: whether it is wanted; it takes one more look at the logits.
+        detached: the log-probs at so many of the first temperatures have no gradient, which
+            spares their part of the backward.
+        logit_map: what is done to the logits before the temperature.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     apply: Any = _LinearLogProbs.apply
     columns = targets if targets.ndim == 2 else targets[:, None]
-    *rows, spread = apply(hidden, weight, bias, columns, tuple(temperatures), entropy)
-    return LogProbs(torch.stack(rows).view(len(rows), *targets.shape), spread)
+    *rows, spread = apply(hidden, weight, bias, columns, tuple(temperatures), entropy, logit_map)
+    rows = [*(row.detach() for row in rows[:detached]), *rows[detached:]]
+    return TargetLogProbs(torch.stack(rows).view(len(rows), *targets.shape), spread)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -244,31 +296,42 @@ class _LinearLogProbs(torch.autograd.Function):
         targets: Tensor,  # [C, M]
         temperatures: tuple[float, ...],
         want_entropy: bool,
+        logit_map: layouts.LogitMap,
     ) -> tuple[Tensor, ...]:
         logprobs = hidden.new_empty(len(temperatures), *targets.shape, dtype=torch.float32)
         entropy = hidden.new_empty(len(targets) if want_entropy else 0, dtype=torch.float32)
+        normalisers = hidden.new_empty(len(temperatures), len(targets), dtype=torch.float32)
         chunks = _chunks(hidden, weight)
         for part in chunks:
             logits = F.linear(hidden[part], weight, bias)
+            mapped = logit_map(logits)
             for row, temperature in enumerate(temperatures):
-                table = torch.log_softmax(_at(logits, temperature), 1, dtype=torch.float32)
-                logprobs[row, part] = table.gather(1, targets[part])
+                if fused := _kernels(mapped):
+                    normaliser, spread = fused.summary(mapped, temperature)
+                    chosen = mapped.gather(1, targets[part]).float() / temperature
+                    logprobs[row, part] = chosen - normaliser[:, None]
+                    normalisers[row, part] = normaliser
+                else:
+                    table = torch.log_softmax(_at(mapped, temperature), 1, dtype=torch.float32)
+                    logprobs[row, part] = table.gather(1, targets[part])
             if want_entropy:
-                entropy[part] = -torch.linalg.vecdot(table.exp(), table)
+                entropy[part] = spread if fused else -torch.linalg.vecdot(table.exp(), table)
         # One chunk is what may exist at any time, so it may as well be kept.
         kept = logits if len(chunks) == 1 else None
-        ctx.save_for_backward(hidden, weight, bias, targets, kept)
-        ctx.temperatures = temperatures
+        ctx.save_for_backward(hidden, weight, bias, targets, kept, normalisers)
+        ctx.temperatures, ctx.logit_map = temperatures, logit_map
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(entropy)
         return (*logprobs.unbind(), entropy)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, kept, normalisers = ctx.saved_tensors
         wanted = [
-            (temperature, gradient)
-            for temperature, gradient in zip(ctx.temperatures, gradients[:-1], strict=True)
+            (temperature, gradient, normaliser)
+            for temperature, gradient, normaliser in zip(
+                ctx.temperatures, gradients[:-1], normalisers, strict=True
+            )
             if gradient is not None
         ]
         for_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
@@ -278,21 +341,19 @@ class _LinearLogProbs(torch.autograd.Function):
         for_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in _chunks(hidden, weight):
             logits = F.linear(hidden[part], weight, bias) if kept is None else kept
-            slope = None  # of the loss by the logits
-            for temperature, gradient in wanted:
-                scaled = gradient[part] / temperature
-                power = torch.softmax(_at(logits, temperature), 1, dtype=torch.float32)
-                power.mul_(-scaled.sum(1, keepdim=True)).scatter_add_(1, targets[part], scaled)
-                slope = power if slope is None else slope.add_(power)
-            if slope is None:
+            mapped = ctx.logit_map(logits)
+            if not wanted:
                 break
+            slope = _slope(mapped, targets[part], [(t, g[part], n[part]) for t, g, n in wanted])
+            if ctx.logit_map != layouts.LogitMap():
+                slope = slope * ctx.logit_map.slope(logits)
             narrow = slope.to(weight.dtype)
             if for_hidden is not None:
                 for_hidden[part] = narrow @ weight
             if for_weight is not None:
                 _add_product(for_weight, narrow, hidden[part])
             if for_bias is not None:
-                for_bias += slope.sum(0)
+                for_bias += slope.sum(0, dtype=torch.float32)
         return (
             for_hidden,
             for_weight.to(weight.dtype) if for_weight is not None else None,
@@ -300,7 +361,56 @@ class _LinearLogProbs(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def _slope(
+    logits: Tensor, targets: Tensor, wanted: Sequence[tuple[float, Tensor, Tensor]]
+) -> Tensor:
+    """[C, V], of the loss by the logits: float32, or the logits' own precision where nothing is
+    added to it. For each temperature, the gradients [C, M] that reach the targets' log-probs, and
+    the log-normalisers [C]."""
+    if fused := _kernels(logits):
+        slope = torch.empty_like(logits, dtype=torch.float32 if len(wanted) > 1 else logits.dtype)
+        for index, (temperature, gradient, normaliser) in enumerate(wanted):
+            fused.add_slope(logits, normaliser, targets, gradient, slope, temperature, not index)
+        return slope
+    total: Tensor | None = None
+    for temperature, gradient, _ in wanted:
+        scaled = gradient / temperature
+        slope = torch.softmax(_at(logits, temperature), 1, dtype=torch.float32)
+        slope.mul_(-scaled.sum(1, keepdim=True)).scatter_add_(1, targets, scaled)
+        total = slope if total is None else total.add_(slope)
+    assert total is not None  # asked for at one temperature at least
+    return total
+
+
+def computed_by(model: PreTrainedModel, *, on_gpu: bool, half: bool) -> list[str]:
+    """What would compute the attention and the output layer of a prepared model, one phrase each,
+    with the versions of torch and Triton that are installed here; `half`: in 16 bits."""
+    proven = layouts.proven(model)
+    if proven.layout == "rows":
+        attention = f"transformers' own ({layouts.own_attention(model)}), not packed"
+    else:
+        with layouts.narrowed(model) as has_window:
+            sinks = next((p for n, p in model.named_parameters() if n.endswith("sinks")), None)
+        attention = computes(Rule(None, 1 if has_window else None, sinks), on_gpu and half)
+    output = "a Triton kernel, fused" if on_gpu and _with_triton() else "chunks of logits"
+    if proven.logits != layouts.LogitMap():
+        cap = "" if proven.logits.cap is None else f", soft cap {proven.logits.cap:g}"
+        output += f" (scale {proven.logits.scale:g}{cap})"
+    return [f"attention: {attention}", f"output layer: {output}"]
+
+
+def _kernels(logits: Tensor) -> ModuleType | None:
+    """`services.head_kernels` where they run: on a GPU with Triton."""
+    return _with_triton() if logits.is_cuda else None
+
+
+@cache
+def _with_triton() -> ModuleType | None:
+    return import_module("services.head_kernels") if find_spec("triton") else None
 
 
 def _at(logits: Tensor, temperature: float) -> Tensor:
@@ -334,30 +444,50 @@ def score(
     return [part.tolist() for part in torch.split(flat, list(batch.lengths))]
 
 
+class Scored(NamedTuple):
+    """What a model says of `t` tokens of one sequence, at temperature 1, in nats."""
+
+    logprobs: Tensor  # [t]
+    top_ids: Tensor  # [t, top]
+    top_logprobs: Tensor  # [t, top]
+    candidates: Tensor  # [t, m]
+    entropy: Tensor  # [t]; NaN where it was not asked for
+
+
 @torch.no_grad()
 def score_top(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """As `score`, with the `top` most likely tokens at each place: log-probs [t], token ids
-    [t, top] and their log-probs [t, top] of each sequence, on the CPU."""
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    top: int,
+    candidates: Tensor | None = None,
+    *,
+    entropy: bool = False,
+) -> list[Scored]:
+    """As `score`, on the CPU, with more about each place: the `top` most likely tokens, the
+    log-probs of `candidates` ([C, m] token ids, in the order of the sequences), and the entropy
+    over the vocabulary."""
     together = same_beginnings(sequences, starts) if can_share(model, model.device) else None
     batch = pack(sequences, starts, families=together).to(model.device)
     hidden = hidden_states(model, batch)
-    head = output_head(model)
-    found = [
-        _chunk_top(head, hidden[part], batch.targets[part], top)
+    head, logit_map = output_head(model), layouts.proven(model).logits
+    targets = batch.targets[:, None]
+    if candidates is not None:
+        targets = torch.cat([targets, candidates.to(model.device)], 1)
+    scored = [
+        _chunk_top(logit_map(head(hidden[part]).float()), targets[part], top, entropy)
         for part in _chunks(hidden, head.weight)
     ]
-    flat = [torch.cat(parts).cpu() for parts in zip(*found, strict=True)]
+    flat = [torch.cat(parts).cpu() for parts in zip(*scored, strict=True)]
     split = [torch.split(part, list(batch.lengths)) for part in flat]
-    return list(zip(*split, strict=True))
+    return [Scored(*parts) for parts in zip(*split, strict=True)]
 
 
-def _chunk_top(
-    head: torch.nn.Module, hidden: Tensor, targets: Tensor, top: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits = head(hidden).float()
+def _chunk_top(logits: Tensor, targets: Tensor, top: int, entropy: bool) -> tuple[Tensor, ...]:
     normaliser = torch.logsumexp(logits, 1, keepdim=True)
-    chosen = logits.gather(1, targets[:, None])
+    chosen = logits.gather(1, targets) - normaliser
     best = torch.topk(logits, top, dim=1)
-    return (chosen - normaliser).squeeze(1), best.indices, best.values - normaliser
+    spread = logits.new_full((len(logits),), float("nan"))
+    if entropy:
+        spread = torch.special.entr(logits.sub_(normaliser).exp_()).sum(1)
+    return chosen[:, 0], best.indices, best.values - normaliser, chosen[:, 1:], spread

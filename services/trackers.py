@@ -21,6 +21,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import tenacity
+
+from services.disk import write_whole
+
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -53,7 +57,7 @@ def missing(kinds: Iterable[str]) -> list[str]:
 
 def start(
     kinds: Iterable[str], run_dir: Path, name: str, settings: Mapping[str, Any]
-) -> list[Background]:
+) -> list[BackgroundTracker]:
     """Begins to track a run, or goes on.
 
     Args:
@@ -64,16 +68,16 @@ def start(
     """
     file = run_dir / "tracker-id"
     if not file.exists():
-        file.write_text(uuid.uuid4().hex)
-    id_ = file.read_text()
+        write_whole(file, uuid.uuid4().hex)
+    id_ = file.read_text(encoding="utf-8")
     makers: dict[str, Callable[[], Tracker]] = {
         "wandb": lambda: Wandb(run_dir, id_, name, settings),
         "mlflow": lambda: MLflow(run_dir, id_, name, settings),
     }
-    return [Background(kind, makers[kind]) for kind in kinds]
+    return [BackgroundTracker(kind, makers[kind]) for kind in kinds]
 
 
-class Background:
+class BackgroundTracker:
     """A tracker behind a queue. Nothing here waits for it, but `close`, for some seconds."""
 
     def __init__(self, kind: str, make: Callable[[], Tracker]) -> None:
@@ -115,17 +119,24 @@ class Background:
 
     def _patiently(self, call: Callable[[], T]) -> T | None:
         """Until it succeeds, or nobody waits any more."""
-        delay, warned = _FIRST_RETRY_S, False
-        while not self._given_up.is_set():
-            try:
-                return call()
-            except _errors(self._kind) as error:
-                if not warned:
-                    warned = True
-                    log.warning("%s: %s; trying again beside the training", self._kind, error)
-                self._given_up.wait(delay)
-                delay = min(2 * delay, _LAST_RETRY_S)
-        return None
+        if self._given_up.is_set():
+            return None
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_errors(self._kind)),
+            wait=tenacity.wait_exponential(_FIRST_RETRY_S, _LAST_RETRY_S),
+            sleep=tenacity.sleep_using_event(self._given_up),
+            stop=tenacity.stop_when_event_set(self._given_up),
+            before_sleep=self._say_once,
+        )
+        try:
+            return retrying(call)
+        except tenacity.RetryError:
+            return None
+
+    def _say_once(self, state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            error = state.outcome.exception()
+            log.warning("%s: %s; trying again beside the training", self._kind, error)
 
 
 class Wandb:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,10 @@ from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from services.config import EngineConfig
+from services.config import EngineConfig, Resources
 from services.engines import EngineError
 from services.models import locate
 
@@ -44,6 +45,8 @@ _CPU_DEFAULTS: Mapping[str, Any] = {
     "kv_cache_memory_bytes": 1 << 30,  # vLLM's own default is most of the machine's memory
     "block_size": 32,  # not 128: only whole blocks of a prompt are shared by its samples
 }
+# Decides how many sequences and tokens a step takes: with none, 128 and 2,048 on whatever GPU.
+_USAGE = UsageContext.OPENAI_API_SERVER
 # What vLLM reads from the environment while it starts; what the user has set there wins.
 _ENVIRONMENT: Mapping[str, str] = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -88,7 +91,7 @@ for name in names:
     except FileNotFoundError:
         pass
 """
-_END_S = 20.0  # for what is left of a process that was killed
+_END_S = 120.0  # for what is left of a process that was killed
 _SHARED = re.compile(r"/dev/shm/(?:psm_|sem\.mp-|vllm_)\S+")
 
 
@@ -106,6 +109,7 @@ class Running:
             stdin=subprocess.PIPE,
             start_new_session=True,
             text=True,
+            encoding="utf-8",
         )
         assert self._watchdog.stdin is not None
         self._watchdog.stdin.write("\n".join(shared_memory(pids)))
@@ -121,15 +125,17 @@ class Running:
 
 def shared_memory(pids: Sequence[int]) -> set[str]:
     """Files of shared memory that these processes and all below them have mapped."""
-    found: set[str] = set()
+    names: set[str] = set()
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
             family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
             for process in family:
                 with suppress(FileNotFoundError, ProcessLookupError):  # a compiler, say, has ended
-                    maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
-                    found |= {*_SHARED.findall(maps)}
-    return found
+                    maps = Path(f"/proc/{process.pid}/maps").read_text(
+                        errors="replace", encoding="utf-8"
+                    )
+                    names |= {*_SHARED.findall(maps)}
+    return names
 
 
 def _started(pid: int) -> str:
@@ -148,6 +154,7 @@ def engine_args(
     engine: EngineConfig,
     section: str,
     *,
+    resources: Resources,
     fixed: Mapping[str, Any],
     defaults: Mapping[str, Any],
 ) -> AsyncEngineArgs:
@@ -157,6 +164,8 @@ def engine_args(
         model: a Hugging Face directory or hub name.
         engine: the user's settings.
         section: where they stand in the run's config, for messages.
+        resources: what the role reserves. An engine on a part of a GPU takes that part of its
+            memory, and is refused more: others live in the rest.
         fixed: engine arguments that the caller's correctness rests on.
         defaults: engine arguments that `engine.args` may override.
 
@@ -164,10 +173,10 @@ def engine_args(
         services.engines.EngineError: an argument is unknown, taken or refused by vLLM.
         services.models.ModelError: there is no such model.
     """
-    found = current_platform.device_type  # empty where vLLM finds no device at all
-    if found and engine.device not in ("auto", found):
+    device = current_platform.device_type  # empty where vLLM finds no device at all
+    if device and engine.device not in ("auto", device):
         raise EngineError(
-            f"this vLLM runs on {found!r}, not on {engine.device!r}: set {section}.device to "
+            f"this vLLM runs on {device!r}, not on {engine.device!r}: set {section}.device to "
             "'auto'; which GPUs it takes is up to CUDA_VISIBLE_DEVICES"
         )
     dtype = engine.dtype
@@ -179,9 +188,27 @@ def engine_args(
         **fixed,
     }
     _check_names(engine.args, own, section)
-    merged = {**(_CPU_DEFAULTS if on_cpu() else {}), **defaults, **engine.args, **own}
+    merged = {
+        **(_CPU_DEFAULTS if on_cpu() else _gpu_memory(engine, resources, section)),
+        **defaults,
+        **engine.args,
+        **own,
+    }
     with _refusals(section):
         return AsyncEngineArgs(**merged)
+
+
+def _gpu_memory(engine: EngineConfig, resources: Resources, section: str) -> dict[str, float]:
+    """The share of each GPU's memory that is this role's."""
+    if not 0 < resources.gpus < 1:
+        return {}
+    share = engine.gpu_share(resources)
+    if share > resources.gpus:
+        raise EngineError(
+            f"{section}.args.gpu_memory_utilization is {share:g}, and the role reserves "
+            f"{resources.gpus:g} of a GPU: others would find no memory"
+        )
+    return {"gpu_memory_utilization": share}
 
 
 def check(
@@ -204,7 +231,7 @@ def check(
             made = make(engine.model_copy(update={"args": args}))
             with _refusals(section), _environment(made):
                 if current_platform.device_type:
-                    made.create_engine_config()
+                    made.create_engine_config(_USAGE)
         except EngineError as error:
             return str(error)
         return ""
@@ -226,7 +253,7 @@ def start(args: AsyncEngineArgs, section: str) -> Running:
     """
     with _refusals(section), _environment(args):
         try:
-            return Running(lambda: AsyncLLM.from_engine_args(args))
+            return Running(lambda: AsyncLLM.from_engine_args(args, usage_context=_USAGE))
         except RuntimeError as error:
             raise EngineError(f"{section}: vLLM did not start for {args.model}: {error}") from error
 
@@ -248,16 +275,25 @@ async def last_output(
     return final
 
 
-async def prompt_logprobs(
-    llm: AsyncLLM, token_ids: Sequence[int], top: int = 0, priority: int = 0
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """By one prefill, for each of the `T` tokens behind the first: itself and the `top` most
-    likely tokens in its place.
+class PromptLogprobs(NamedTuple):
+    """Of each of the `T` tokens behind the first, in nats at temperature 1."""
 
-    Returns:
-        Token ids and log-probs (nats, temperature 1), `[T, 1 + top]` each: the token itself in
-        column 0, then the others, the most likely first.
-    """
+    ids: npt.NDArray[np.int64]  # [T, 1 + top]: the token itself, then the most likely first
+    logprobs: npt.NDArray[np.float64]  # [T, 1 + top]
+    candidates: npt.NDArray[np.float32]  # [C, m] of the last `C`; [0, 0] where there are none
+
+
+async def prompt_logprobs(
+    llm: AsyncLLM,
+    token_ids: Sequence[int],
+    top: int = 0,
+    priority: int = 0,
+    *,
+    candidates: npt.NDArray[np.int32] | None = None,
+    start: int = 1,
+) -> PromptLogprobs:
+    """By one prefill, for each of the `T` tokens behind the first: itself and the `top` most
+    likely tokens in its place. `candidates` [C, m] are scored in the places from `start` on."""
     params = SamplingParams(
         max_tokens=1,
         prompt_logprobs=top,
@@ -265,19 +301,26 @@ async def prompt_logprobs(
         detokenize=False,
         ignore_eos=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        prompt_logprob_token_ids=candidates,
+        prompt_logprob_start=None if candidates is None else start - 1,
     )
-    flat: Any = (await last_output(llm, token_ids, params, priority)).prompt_logprobs
+    output: Any = await last_output(llm, token_ids, params, priority)
+    flat, named = output.prompt_logprobs, output.prompt_token_id_logprobs
     # The first token has no entries, every other one has the same number.
     shape = (len(token_ids) - 1, 1 + top)
-    return np.array(flat.token_ids).reshape(shape), np.array(flat.logprobs).reshape(shape)
+    return PromptLogprobs(
+        np.array(flat.token_ids).reshape(shape),
+        np.array(flat.logprobs).reshape(shape),
+        np.empty((0, 0), np.float32) if named is None else named,
+    )
 
 
 async def sequence_logprobs(
     llm: AsyncLLM, token_ids: Sequence[int], priority: int = 0
 ) -> list[float]:
     """Log-probs (nats, temperature 1) of `token_ids[1:]`, by one prefill."""
-    _, logprobs = await prompt_logprobs(llm, token_ids, priority=priority)
-    return logprobs[:, 0].tolist()  # type: ignore[no-any-return]
+    scored = await prompt_logprobs(llm, token_ids, priority=priority)
+    return scored.logprobs[:, 0].tolist()  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -12,7 +12,6 @@ connection, and a worker that died holds up nobody but its own thread.
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
@@ -25,6 +24,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+from services.ports import free_port
 from services.weight_store import Ask
 from services.weights import Weights
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 Backend: TypeAlias = Literal["nccl", "ipc"]
 
 _POLL_S = 2.0  # how long the store holds a request for asks; how soon a close is noticed
-_ANSWER_S = 20.0  # past it the store is taken for hung
+_ANSWER_S = 120.0  # past it the store is taken for hung
 _PAUSE_S = 1.0
 _CALL_TIMEOUT_S = 600.0  # a whole model's broadcast, and the groups that are finished before it
 
@@ -107,7 +107,7 @@ def end_of(backend: Backend) -> Callable[[int], TrainerInitInfo]:
     return lambda world_size: NCCLTrainerInitInfo(
         rank=0,
         master_address=ray.util.get_node_ip_address(),
-        master_port=_free_port(),
+        master_port=free_port(),
         world_size=1 + world_size,
     )
 
@@ -154,9 +154,3 @@ class _Client:
     def _call(self, method: str, argument: Any) -> None:
         made = self._store.call.remote(self._member, method, argument)
         ray.get(made, timeout=_CALL_TIMEOUT_S)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -25,8 +25,7 @@ _PAUSE_S = 1.0  # between attempts to reach a store that is being restarted
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """One published version. `serial` tells it from a second one of the same number, which a
-    learner that went back to a checkpoint makes."""
+    """One published version; `serial` is that of `Weights`."""
 
     serial: str
     version: int
@@ -55,22 +54,24 @@ class WeightStore:
 
     def __init__(self) -> None:
         self._newest: Publication | None = None
-        self._life = uuid.uuid4().hex  # so that serials of a restarted store are new ones
-        self._count = 0
         self._published = asyncio.Condition()
         self._asks: asyncio.Queue[Ask] = asyncio.Queue()
         self._lines: dict[str, _Line] = {}
 
-    async def publish(self, version: int, weights: Weights) -> None:
+    async def make_room(self) -> None:
+        """Forgets the newest version. Called before the next is sent here: that one lies in the
+        object store twice while this actor makes its own copy, and three would be one too many."""
+        self._newest = None
+
+    async def publish(self, weights: Weights) -> None:
         """Makes a version the newest one, even when its number is lower than the last."""
         reference = ray.put(weights)
         async with self._published:
-            self._count += 1
-            self._newest = Publication(f"{self._life}-{self._count}", version, [reference])
+            self._newest = Publication(weights.serial, weights.version, [reference])
             self._published.notify_all()
 
     async def version(self) -> int | None:
-        """The newest version; None when nothing was published since the store started."""
+        """The newest version; None when there is none, as after a restart."""
         return None if self._newest is None else self._newest.version
 
     async def next(self, after: str, timeout_s: float) -> Publication | None:
@@ -134,14 +135,14 @@ class StoreFeed:
     async def next(self, timeout_s: float) -> Weights | None:
         """See `WeightFeed`. A store that is being restarted has nothing new yet."""
         try:
-            found: Publication | None = await self._store.next.remote(self._serial, timeout_s)
-            if found is None:
+            publication: Publication | None = await self._store.next.remote(self._serial, timeout_s)
+            if publication is None:
                 return None
-            weights: Weights = await found.reference[0]
+            weights: Weights = await publication.reference[0]
         except (RayActorError, ObjectLostError):
             await asyncio.sleep(min(_PAUSE_S, timeout_s))
             return None
-        self._serial = found.serial
+        self._serial = publication.serial
         return weights if weights.buffer.size else replace(weights, sender=self)
 
     async def calls(self, world_size: int) -> AsyncIterator[Call]:
@@ -158,6 +159,17 @@ class StoreFeed:
                     return
         except RayActorError as error:
             raise TransferFailed(f"the weight store died: {error}") from error
+
+
+def hand_over(store: Any, weights: Weights, timeout_s: float) -> None:
+    """Makes `weights` the newest of a `WeightStore`, in two calls of at most `timeout_s` each.
+
+    Raises:
+        RayActorError: it died, or is being restarted.
+        GetTimeoutError: it does not answer.
+    """
+    ray.get(store.make_room.remote(), timeout=timeout_s)
+    ray.get(store.publish.remote(weights), timeout=timeout_s)
 
 
 def start_store(name: str) -> Any:

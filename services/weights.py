@@ -8,14 +8,21 @@ sequence, so that an engine that loaded something else is found out before it sa
 from __future__ import annotations
 
 import math
+import uuid
 import warnings
-from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from services.errors import WorkerFailed
+from services.models import probe_difference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Manifest: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
 """(name, torch dtype, shape) of each tensor."""
@@ -25,6 +32,15 @@ def manifest(parameters: Iterable[tuple[str, torch.Tensor]]) -> Manifest:
     """The manifest of `parameters`, in their order."""
     return tuple(
         (name, str(p.dtype).removeprefix("torch."), tuple(p.shape)) for name, p in parameters
+    )
+
+
+def on_the_wire(own: Manifest, dtype: str) -> Manifest:
+    """How parameters of the manifest `own` travel to engines that compute in `dtype`: matrices in
+    it, which is what these would make of them. Vectors stay: some models keep theirs in float32."""
+    return tuple(
+        (name, dtype if len(shape) > 1 and one == "float32" else one, shape)
+        for name, one, shape in own
     )
 
 
@@ -39,6 +55,8 @@ class Weights:
     probe_logprobs: tuple[float, ...]  # of probe_ids[1:], temperature 1
     sender: Sender | None = None
     """Who sends the tensors, where `buffer` is empty."""
+    serial: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tells them from others of the same version, which a learner that went back makes."""
 
     @staticmethod
     def flatten(
@@ -60,14 +78,26 @@ class Weights:
         tensors: Iterable[torch.Tensor],
         probe_ids: Iterable[int],
         probe_logprobs: Iterable[float],
+        pinned: bool = False,
     ) -> Weights:
         """As `flatten`, where `tensors` come one by one, in the order of the manifest, so that
-        only one of them need be whole at a time."""
-        sizes = [math.prod(shape) * getattr(torch, dtype).itemsize for _, dtype, shape in manifest]
-        buffer = torch.empty(sum(sizes), dtype=torch.uint8)
+        only one of them need be whole at a time; each is cast to the manifest's dtype first.
+
+        Args:
+            pinned: the tensors lie on a GPU, which writes them into page-locked memory at the
+                rate of its bus and is waited for once. Torch gives that memory to a later version
+                when nobody holds this one any more.
+        """
+        dtypes: list[torch.dtype] = [getattr(torch, dtype) for _, dtype, _ in manifest]
+        shapes = [shape for *_, shape in manifest]
+        sizes = [math.prod(s) * d.itemsize for d, s in zip(dtypes, shapes, strict=True)]
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
         parts = torch.split(buffer, sizes) if sizes else ()
-        for part, tensor in zip(parts, tensors, strict=True):
-            part.copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        for part, dtype, tensor in zip(parts, dtypes, tensors, strict=True):
+            flat = tensor.to(dtype).contiguous().view(-1).view(torch.uint8)
+            part.copy_(flat, non_blocking=pinned)
+        if pinned:
+            torch.cuda.synchronize()
         return Weights(version, manifest, buffer.numpy(), tuple(probe_ids), tuple(probe_logprobs))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -124,3 +154,75 @@ class WeightFeed(Protocol):
         """The newest published weights, unless the last call gave these very ones; waits up to
         `timeout_s` for them, and gives None when there are none."""
         ...
+
+
+class WeightsMismatch(WorkerFailed):
+    """An engine would compute with other weights than the learner's; the message says why."""
+
+
+def check_manifest(weights: Weights, own: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares the names and shapes of `weights` with those of the engine's model.
+
+    Raises:
+        WeightsMismatch: it names every difference.
+    """
+    given = {name: shape for name, _, shape in weights.manifest}
+    problems = [f"{name} is missing" for name in own.keys() - given.keys()]
+    problems += [f"{name} is not in the model" for name in given.keys() - own.keys()]
+    problems += [
+        f"{name} is {list(given[name])}, not {list(own[name])}"
+        for name in own.keys() & given.keys()
+        if own[name] != given[name]
+    ]
+    if problems:
+        raise WeightsMismatch(f"weights version {weights.version}: {'; '.join(sorted(problems))}")
+
+
+def check_probe(
+    weights: Weights, logprobs: Sequence[float], tolerance: float, usual: float | None = None
+) -> float:
+    """Compares the engine's log-probs of the probe with the learner's, by the mean and a high
+    quantile of their differences: a good model in bfloat16 has outliers.
+
+    Args:
+        tolerance: nats that the mean may come to.
+        usual: what this returned for the engine's first weights, which is rounding alone: then
+            the mean may be 8 times that, or a tenth of the tolerance.
+
+    Returns:
+        The mean difference in nats.
+
+    Raises:
+        WeightsMismatch: they differ by more, or are no numbers.
+    """
+    if not all(map(math.isfinite, [*logprobs, *weights.probe_logprobs])):
+        raise WeightsMismatch(f"weights version {weights.version}: log-probs are not finite")
+    mean, high = probe_difference(logprobs, weights.probe_logprobs)
+    limit = tolerance if usual is None else min(tolerance, max(8 * usual, tolerance / 10))
+    if mean <= limit and high <= 3 * limit:
+        return mean
+    said = (
+        f"weights version {weights.version}: the engine's log-probs of the probe differ from "
+        f"the learner's by {mean:.3g} nats"
+    )
+    if mean > tolerance:
+        raise WeightsMismatch(f"{said}, more than probe_tolerance ({tolerance:g})")
+    if usual is None:
+        raise WeightsMismatch(f"{said}, a tenth of them by {high:.3g} or more, too uneven for it")
+    raise WeightsMismatch(
+        f"{said}, more than {limit:.2g}: under its first weights it was {usual:.2g} "
+        f"(probe_tolerance is {tolerance:g})"
+    )
+
+
+@torch.no_grad()
+def copy_weights(model: PreTrainedModel, weights: Weights) -> None:
+    """Writes `weights` into the parameters of the same names, in the model's own precision.
+
+    Raises:
+        WeightsMismatch: names or shapes differ; nothing has been written then.
+    """
+    parameters = dict(model.named_parameters())
+    check_manifest(weights, {name: tuple(p.shape) for name, p in parameters.items()})
+    for name, tensor in weights.tensors():
+        parameters[name].copy_(tensor)

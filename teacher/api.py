@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from teacher.scores import Query, TokenScores
+from services.trajectory import TokenIds
+from teacher.scores import MAX_CANDIDATES, More, Query, TokenScores
 
 MAX_SEQUENCES = 1024  # in one request
 MAX_TOP = 1024  # alternatives of one token, whatever the model's limit
@@ -37,6 +39,9 @@ class ScoreSequence(Request):
 
     prompt: list[TokenId] = Field(min_length=1)
     completion: list[TokenId]
+    candidates: list[list[TokenId]] | None = None
+    """Token ids to be scored in each completion token's place: as many in each, and in each
+    sequence of a request."""
 
 
 class ScoreRequest(Request):
@@ -54,6 +59,23 @@ class ScoreRequest(Request):
     sequences: list[ScoreSequence] = Field(min_length=1, max_length=MAX_SEQUENCES)
     top_logprobs: int = Field(default=0, strict=True, ge=0, le=MAX_TOP)
     """So many of the most likely tokens at each place are returned too."""
+    entropy: bool = Field(default=False, strict=True)
+    """The entropy over the vocabulary at each place is returned too."""
+
+    @model_validator(mode="after")
+    def _tables(self) -> ScoreRequest:
+        given = [s.candidates for s in self.sequences]
+        if all(one is None for one in given):
+            return self
+        if any(
+            one is None or len(one) != len(s.completion)
+            for one, s in zip(given, self.sequences, strict=True)
+        ):
+            raise ValueError("candidates are needed in each completion token's place")
+        widths = {len(row) for one in given for row in one or ()}
+        if len(widths) > 1 or not widths <= set(range(1, MAX_CANDIDATES + 1)):
+            raise ValueError(f"candidates are 1 to {MAX_CANDIDATES} ids, as many in each place")
+        return self
 
     def query(self) -> Query:
         """The same, without the form."""
@@ -63,14 +85,20 @@ class ScoreRequest(Request):
             starts=[len(s.prompt) for s in self.sequences],
             top=self.top_logprobs,
             path=self._path,
+            more=More(self.entropy, self._candidates()),
         )
+
+    def _candidates(self) -> list[TokenIds]:
+        rows = [s.candidates for s in self.sequences if s.candidates is not None]
+        width = next((len(row) for one in rows for row in one), 1)  # of no tokens: any will do
+        return [np.array(one, np.int32).reshape(-1, width) for one in rows]
 
     def _path(self, sequence: int, token: int | None) -> str:
         if token is None:
             return f"sequences.{sequence}"
         prompt = len(self.sequences[sequence].prompt)
-        part, place = ("prompt", token) if token < prompt else ("completion", token - prompt)
-        return f"sequences.{sequence}.{part}.{place}"
+        part, index = ("prompt", token) if token < prompt else ("completion", token - prompt)
+        return f"sequences.{sequence}.{part}.{index}"
 
 
 class SequenceScore(BaseModel):
@@ -82,6 +110,10 @@ class SequenceScore(BaseModel):
     top_ids: list[list[int]] | None = None
     """The most likely tokens in each completion token's place, the first the most likely."""
     top_logprobs: list[list[float]] | None = None
+    candidate_logprobs: list[list[float]] | None = None
+    """Of the candidates that were asked for, in their order."""
+    entropy: list[float] | None = None
+    """Over the vocabulary, in each completion token's place."""
 
     @classmethod
     def of(cls, scores: TokenScores, top: int) -> SequenceScore:
@@ -91,6 +123,8 @@ class SequenceScore(BaseModel):
             perplexity=scores.perplexity,
             top_ids=scores.top_ids.tolist() if top else None,
             top_logprobs=scores.top_logprobs.tolist() if top else None,
+            candidate_logprobs=None if scores.candidates is None else scores.candidates.tolist(),
+            entropy=None if scores.entropy is None else scores.entropy.tolist(),
         )
 
 
@@ -119,6 +153,8 @@ class ScoreResponse(BaseModel):
     model: str
     fingerprint: str
     scores: list[SequenceScore]
+    version: int | None = None
+    """Of the student's weights that made the scores, where the model follows a student."""
 
     @classmethod
     def of(
@@ -126,7 +162,10 @@ class ScoreResponse(BaseModel):
     ) -> ScoreResponse:
         """The answer that holds `scores`."""
         made = [SequenceScore.of(score, top) for score in scores]
-        return cls.model_construct(model=model, fingerprint=fingerprint, scores=made)
+        version = scores[0].version if scores else None
+        return cls.model_construct(
+            model=model, fingerprint=fingerprint, scores=made, version=version
+        )
 
 
 class Limits(BaseModel):
@@ -137,8 +176,11 @@ class Limits(BaseModel):
     max_request_tokens: int
     """Of all sequences of a request together."""
     max_top_logprobs: int
+    """The same bounds the candidates."""
     vocab_size: int
     """Token ids are below it."""
+    gives: list[Literal["candidates", "entropy"]] = []
+    """What its engine computes of each place besides log-probs and the most likely tokens."""
 
 
 class Tokens(BaseModel):

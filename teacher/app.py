@@ -20,12 +20,14 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
 
+from services.errors import WireError
 from teacher import wire
 from teacher.admission import Admission, RateLimit
 from teacher.api import (
     MAX_SEQUENCES,
     ErrorBody,
     Health,
+    Limits,
     ModelCard,
     ModelList,
     ScoreRequest,
@@ -46,7 +48,7 @@ from teacher.completions import CompletionRequest, CompletionResponse
 from teacher.metrics import MEDIA_TYPE as METRICS_TYPE
 from teacher.metrics import Measured, Metrics
 from teacher.scorer import Scorer, ScorerDied
-from teacher.scores import Query, TokenScores
+from teacher.scores import More, Query, TokenScores
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 Shape: TypeAlias = Callable[[ModelCard, list[TokenScores]], Response]
@@ -128,9 +130,10 @@ class _Service:
                 if self.rate_limit:
                     self.rate_limit.spend(getattr(request.state, "caller", ""), query.tokens)
                 with self.admission.scoring(query.tokens):
-                    scores = await unless_gone(
-                        request, teacher.scorer.score(query.sequences, query.starts, query.top)
+                    scoring = teacher.scorer.score(
+                        query.sequences, query.starts, query.top, query.more
                     )
+                    scores = await unless_gone(request, scoring)
                 answer = shape(teacher.card, scores)
         except ClientDisconnect:
             self.metrics.cancelled.inc()
@@ -164,6 +167,7 @@ def _check(query: Query, card: ModelCard) -> None:
     if query.top > limits.max_top_logprobs:
         message = f"{query.top} alternatives, more than {limits.max_top_logprobs}"
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_many", message, query.top_field)
+    _check_more(query.more, card.limits)
     for index, ids in enumerate(query.sequences):
         if len(ids) > limits.max_sequence_tokens:
             raise ApiError(
@@ -173,13 +177,27 @@ def _check(query: Query, card: ModelCard) -> None:
                 query.path(index, None),
             )
         if max(ids) >= limits.vocab_size:
-            place = next(i for i, id_ in enumerate(ids) if id_ >= limits.vocab_size)
+            position = next(i for i, id_ in enumerate(ids) if id_ >= limits.vocab_size)
             raise ApiError(
                 HTTPStatus.UNPROCESSABLE_ENTITY,
                 "unknown_token",
-                f"token id {ids[place]} is outside of the vocabulary of {limits.vocab_size}",
-                query.path(index, place),
+                f"token id {ids[position]} is outside of the vocabulary of {limits.vocab_size}",
+                query.path(index, position),
             )
+
+
+def _check_more(more: More, limits: Limits) -> None:
+    for name, wanted in (("candidates", more.candidates), ("entropy", more.entropy)):
+        if wanted and name not in limits.gives:
+            message = f"this model's engine gives no {name}"
+            raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "not_given", message, name)
+    if more.width > limits.max_top_logprobs:
+        message = f"{more.width} candidates, more than {limits.max_top_logprobs}"
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "too_many", message, "candidates")
+    highest = max((int(ids.max(initial=0)) for ids in more.candidates), default=0)
+    if highest >= limits.vocab_size:
+        message = f"candidate {highest} is outside of the vocabulary of {limits.vocab_size}"
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown_token", message, "candidates")
 
 
 # -------------------------------------------------------------------------------- routes
@@ -287,7 +305,7 @@ def _score_query(body: bytes, form: str) -> Query:
         return _parse(ScoreRequest, body, form).query()
     try:
         return wire.decode_request(body)
-    except wire.WireError as error:
+    except WireError as error:
         raise ApiError(
             HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_request", str(error), None
         ) from error

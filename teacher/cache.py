@@ -3,18 +3,18 @@
     score ─▶ all sequences looked up at once ─▶ the others scored ─▶ remembered
 
 A key holds the model's fingerprint, the token ids and what was asked of them, so another model, or
-another question, never finds it. The memory is bounded: what was used longest ago goes first. When
-Redis does not answer, everything is scored as if there were no memory.
+another question, never finds it. An entry has the form of the teacher's binary answers. Redis keeps
+its own bound (`maxmemory`, `allkeys-lru`), so it must be one that holds nothing else. When it does
+not answer, everything is scored as if there were no memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import struct
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from redis.asyncio import Redis
@@ -22,46 +22,20 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from services.trajectory import LogProbs, TokenIds
+from services.errors import WireError
+from services.redis_server import RedisUnavailable, info_of
+from teacher import wire
 from teacher.scorer import Scorer
-from teacher.scores import InvalidLogProbs, TokenScores, valid_scores
+from teacher.scores import NO_MORE, InvalidLogProbs, More, TokenScores, valid_scores, with_more
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _SPACE = "{scope-scores}"  # braces: one slot of a Redis Cluster
-_HEADER = struct.Struct("<II")  # tokens, alternatives of each
 
 _TIMEOUT_S = 2.0
 _PAUSE_S = 10.0  # in which a Redis that did not answer is not asked again
-
-_NOW = """
-local clock = redis.call('TIME')
-local now = clock[1] + clock[2] / 1e6
-"""
-# KEYS: the order of use, the count of bytes, then the entries.
-_READ = f"""{_NOW}
-local found = redis.call('MGET', unpack(KEYS, 3))
-for i, value in ipairs(found) do
-  if value then redis.call('ZADD', KEYS[1], 'XX', now, KEYS[i + 2]) end
-end
-return found
-"""
-# KEYS: as above. ARGV: most bytes, then the values.
-_WRITE = f"""{_NOW}
-local total = tonumber(redis.call('GET', KEYS[2]) or '0')
-for i = 3, #KEYS do
-  total = total - redis.call('STRLEN', KEYS[i]) + #ARGV[i - 1]
-  redis.call('SET', KEYS[i], ARGV[i - 1])
-  redis.call('ZADD', KEYS[1], now, KEYS[i])
-end
-while total > tonumber(ARGV[1]) do
-  local oldest = redis.call('ZPOPMIN', KEYS[1])[1]
-  if not oldest then break end
-  total = total - redis.call('STRLEN', oldest)
-  redis.call('DEL', oldest)
-end
-redis.call('SET', KEYS[2], math.max(total, 0))
-"""
 
 
 def connect(url: str) -> Redis:
@@ -74,6 +48,24 @@ def connect(url: str) -> Redis:
     )
 
 
+def unbounded(url: str) -> str:
+    """What keeps the Redis at `url` from being a cache: a sentence, empty if nothing does."""
+    try:
+        memory = info_of(url, "memory")
+    except RedisUnavailable as error:
+        return f"the score cache is not used while its Redis is away: {error}"
+    if memory is None:
+        return ""  # it does not say
+    policy = str(memory.get("maxmemory_policy", "noeviction"))
+    if memory.get("maxmemory") and policy.startswith("allkeys-"):
+        return ""
+    return (
+        f"the score cache's Redis never evicts a score (maxmemory {memory.get('maxmemory', 0)}, "
+        f"maxmemory-policy {policy}): it grows until it refuses scores; give the cache a Redis of "
+        "its own with maxmemory and maxmemory-policy allkeys-lru"
+    )
+
+
 class CachedScorer:
     """See the module, and `teacher.scorer.Scorer`.
 
@@ -81,7 +73,6 @@ class CachedScorer:
         scorer: scores what is not remembered.
         redis: where it is remembered.
         fingerprint: of the scorer's model.
-        max_bytes: of all that is remembered there, by whatever model.
         count: told how many of a call's sequences were found, and how many were not.
     """
 
@@ -91,66 +82,77 @@ class CachedScorer:
         redis: Redis,
         fingerprint: str,
         *,
-        max_bytes: int,
-        count: Callable[[int, int], None] = lambda found, missed: None,
+        count: Callable[[int, int], None] = lambda results, missed: None,
     ) -> None:
         self._scorer = scorer
         self._redis = redis
         self._fingerprint = fingerprint
-        self._max_bytes = max_bytes
         self._count = count
         self.check = scorer.check
         self._resume_at = 0.0
-        self._read = redis.register_script(_READ)
-        self._write = redis.register_script(_WRITE)
 
     async def score(
-        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int = 0
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        top: int = 0,
+        more: More = NO_MORE,
     ) -> list[TokenScores]:
         """See `teacher.scorer.Scorer`."""
-        keys = [self._key(ids, start, top) for ids, start in zip(sequences, starts, strict=True)]
+        keys = [
+            self._key(ids, start, top, more.of([index]))
+            for index, (ids, start) in enumerate(zip(sequences, starts, strict=True))
+        ]
         counts = [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
-        found = await self._look_up(keys, counts, top)
-        missing = [place for place, scores in enumerate(found) if scores is None]
+        results = await self._look_up(keys, counts, top, more)
+        missing = [index for index, scores in enumerate(results) if scores is None]
         self._count(len(keys) - len(missing), len(missing))
         if missing:
             made = await self._scorer.score(
-                [sequences[place] for place in missing], [starts[place] for place in missing], top
+                [sequences[index] for index in missing],
+                [starts[index] for index in missing],
+                top,
+                more.of(missing),
             )
-            await self._remember([keys[place] for place in missing], made)
-            for place, scores in zip(missing, made, strict=True):
-                found[place] = scores
-        return [scores for scores in found if scores is not None]
+            await self._remember([keys[index] for index in missing], made)
+            for index, scores in zip(missing, made, strict=True):
+                results[index] = scores
+        return [scores for scores in results if scores is not None]
 
     async def close(self) -> None:
         """See `teacher.scorer.Scorer`."""
         await self._redis.aclose()
         await self._scorer.close()
 
-    def _key(self, ids: Sequence[int], start: int, top: int) -> str:
-        digest = hashlib.sha256(np.asarray([start, top, *ids], "<i4").tobytes()).hexdigest()
-        return f"{_SPACE}:{self._fingerprint}:{digest}"
+    def _key(self, ids: Sequence[int], start: int, top: int, more: More) -> str:
+        asked = hashlib.sha256(np.asarray([start, top, *ids], "<i4").tobytes())
+        if more:
+            asked.update(np.asarray([more.entropy, more.width], "<i4").tobytes())
+            for table in more.candidates:
+                asked.update(table.astype("<i4").tobytes())
+        return f"{_SPACE}:{self._fingerprint}:{asked.hexdigest()}"
 
     async def _look_up(
-        self, keys: Sequence[str], counts: Sequence[int], top: int
+        self, keys: Sequence[str], counts: Sequence[int], top: int, more: More
     ) -> list[TokenScores | None]:
-        values = await self._run(self._read, keys, [])
+        values = await self._unless_down(lambda: self._redis.mget(keys))
         if values is None:
             return [None] * len(keys)
         return [
-            None if value is None else _decode(value, count, top)
+            _decode(value, count, top, more) if isinstance(value, bytes) else None
             for value, count in zip(values, counts, strict=True)
         ]
 
     async def _remember(self, keys: Sequence[str], scores: Sequence[TokenScores]) -> None:
-        await self._run(self._write, keys, [self._max_bytes, *map(_encode, scores)])
+        entries = {key: _encode(score) for key, score in zip(keys, scores, strict=True)}
+        await self._unless_down(lambda: self._redis.mset(entries))
 
-    async def _run(self, script: Any, keys: Sequence[str], values: Sequence[Any]) -> Any:
-        """What the script returns; None while Redis does not answer."""
+    async def _unless_down(self, command: Callable[[], Awaitable[T]]) -> T | None:
+        """What the command returns; None while Redis does not answer."""
         if time.monotonic() < self._resume_at:
             return None
         try:
-            return await script(keys=[f"{_SPACE}:used", f"{_SPACE}:bytes", *keys], args=values)
+            return await command()
         except RedisError as error:
             log.warning("the score cache is not used for now: %s", error)
             self._resume_at = time.monotonic() + _PAUSE_S
@@ -158,25 +160,16 @@ class CachedScorer:
 
 
 def _encode(scores: TokenScores) -> bytes:
-    tokens, top = scores.top_ids.shape
-    parts = (scores.logprobs, scores.top_ids, scores.top_logprobs)
-    return _HEADER.pack(tokens, top) + b"".join(part.tobytes() for part in parts)
+    return wire.encode_answer("", "", [scores], scores.top_ids.shape[1])
 
 
-def _decode(value: bytes, count: int, top: int) -> TokenScores | None:
-    """None for what is no entry: it is scored again, and written over."""
-    width = 4 * count
-    if len(value) != _HEADER.size + width * (1 + 2 * top):
-        return None
-    if _HEADER.unpack_from(value) != (count, top):
-        return None
-    body = memoryview(value)[_HEADER.size :]
-    logprobs: LogProbs = np.frombuffer(body[:width], np.float32)
-    ids: TokenIds = np.frombuffer(body[width : width * (1 + top)], np.int32)
-    values: LogProbs = np.frombuffer(body[width * (1 + top) :], np.float32)
+def _decode(value: bytes, count: int, top: int, more: More) -> TokenScores | None:
+    """None for what is not an entry: it is scored again, and overwritten."""
     try:
-        return valid_scores(
-            logprobs, count, ids.reshape(count, top), values.reshape(count, top), top
-        )
-    except InvalidLogProbs:
+        results = wire.decode_answer(value)
+        ((logprobs,), (ids,), (values,)) = results.logprobs, results.top_ids, results.top_logprobs
+        scores = valid_scores(logprobs, count, ids, values, top)
+        (candidates,), (entropy,) = results.candidates or [()], results.entropy or [()]
+        return with_more(scores, candidates, entropy, more)
+    except (WireError, InvalidLogProbs, ValueError):
         return None

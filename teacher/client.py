@@ -2,10 +2,10 @@
 
 Every failure is typed by whose fault it is, because that decides what becomes of the item:
 
-* `Unavailable`: the teacher is down (`Unreachable`), busy (`Busy`), slow, or refuses our key. The
-  item waits.
-* `BadAnswer`: it answered, with something that cannot be log-probs of what was asked, or as
-  another model. The item is tried again and then given up.
+* `Unavailable`: the teacher is down (`Unreachable`), busy (`TeacherBusy`), slow, or refuses our
+  key. The item waits.
+* `BadAnswer`: it answered, with something that cannot be log-probs of what was asked. The item is
+  tried again and then given up. As another model (`OtherModel`): the run ends.
 * `BadItem`: the teacher can never score this item: too long, with unknown tokens, or (`NoLogProbs`)
   its model computes no numbers for it.
 
@@ -18,7 +18,7 @@ import asyncio
 import functools
 import ssl
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol, TypeAlias, TypeVar
@@ -26,11 +26,11 @@ from typing import Protocol, TypeAlias, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from services.stage import BadItem, Unavailable
+from services.errors import BadItem, Unavailable, WireError
 from services.trajectory import TokenIds
 from teacher import wire
 from teacher.api import ErrorBody, ErrorDetail, ErrorType, ModelCard, ModelList, ScoreResponse
-from teacher.scores import InvalidLogProbs, TokenScores, valid_scores
+from teacher.scores import NO_MORE, InvalidLogProbs, More, TokenScores, valid_scores, with_more
 
 Pair: TypeAlias = tuple[TokenIds, TokenIds]  # prompt [P], completion [T]
 
@@ -39,7 +39,7 @@ _QUOTED = 300  # characters of an unexpected answer that an error message shows
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
 
-class Busy(Unavailable):
+class TeacherBusy(Unavailable):
     """The teacher has enough to do, and says when to come again."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -53,6 +53,10 @@ class Unreachable(Unavailable):
 
 class BadAnswer(RuntimeError):
     """The teacher answered with something that is not a score of what was asked."""
+
+
+class OtherModel(BadAnswer):
+    """It serves another model than the run's teacher."""
 
 
 class NoLogProbs(BadItem):
@@ -84,11 +88,14 @@ class Client(Protocol):
         """What identifies the model that answers; empty while none has."""
         ...
 
-    async def score(self, sequences: Sequence[Pair], top: int = 0) -> list[TokenScores]:
+    async def score(
+        self, sequences: Sequence[Pair], top: int = 0, more: More = NO_MORE
+    ) -> list[TokenScores]:
         """Scores of every completion token, with the `top` most likely tokens in its place.
 
         Args:
             sequences: pairs of prompt and completion token ids.
+            more: what else is asked of each place.
 
         Returns:
             One a sequence, in order; log-probs are finite and not above 0.
@@ -198,7 +205,7 @@ class Http:
             return BadItem(message)
         retry_after = response.headers.get("retry-after", "")
         if status in (429, 503) and retry_after.isdigit():
-            return Busy(message, float(retry_after))
+            return TeacherBusy(message, float(retry_after))
         return Unavailable(message)
 
 
@@ -246,16 +253,18 @@ class TeacherClient:
         """
         response = await self._http.ask("GET", "/v1/models", timeout_s=timeout_s)
         cards = self._http.read(ModelList, "/v1/models", response).data
-        found = [card for card in cards if self._model in (None, card.id)]
-        if not found:
+        matching = [card for card in cards if self._model in (None, card.id)]
+        if not matching:
             raise BadAnswer(f"the teacher at {self._http.url} does not serve {self._model!r}")
-        self._pin(found[0].fingerprint)
-        return found[0]
+        self._pin(matching[0].fingerprint)
+        return matching[0]
 
-    async def score(self, sequences: Sequence[Pair], top: int = 0) -> list[TokenScores]:
+    async def score(
+        self, sequences: Sequence[Pair], top: int = 0, more: More = NO_MORE
+    ) -> list[TokenScores]:
         """See `Client`."""
         path = "/v1/score"
-        response = await self._http.ask("POST", path, *self._request(sequences, top))
+        response = await self._http.ask("POST", path, *self._request(sequences, top, more))
         answer = self._answer(path, response)
         if len(answer.logprobs) != len(sequences):
             raise BadAnswer(
@@ -265,27 +274,30 @@ class TeacherClient:
         checked = []
         for index, (_, completion) in enumerate(sequences):
             try:
-                checked.append(
-                    valid_scores(
-                        answer.logprobs[index],
-                        len(completion),
-                        answer.top_ids[index],
-                        answer.top_logprobs[index],
-                        top,
-                    )
+                score = valid_scores(
+                    answer.logprobs[index],
+                    len(completion),
+                    answer.top_ids[index],
+                    answer.top_logprobs[index],
+                    top,
                 )
+                candidates = answer.candidates[index] if answer.candidates else ()
+                entropy = answer.entropy[index] if answer.entropy else ()
+                checked.append(with_more(score, candidates, entropy, more))
             except InvalidLogProbs as error:
                 raise BadAnswer(
                     f"the teacher at {self._http.url} scored sequence {index} wrongly: {error}"
                 ) from error
         self._pin(answer.fingerprint)
-        return checked
+        return [replace(score, version=answer.version) for score in checked]
 
-    def _request(self, sequences: Sequence[Pair], top: int) -> tuple[bytes, dict[str, str]]:
+    def _request(
+        self, sequences: Sequence[Pair], top: int, more: More
+    ) -> tuple[bytes, dict[str, str]]:
         if self._binary:
-            body = wire.encode_request(sequences, top=top, model=self._model)
+            body = wire.encode_request(sequences, top=top, model=self._model, more=more)
             return body, {"Content-Type": wire.MEDIA_TYPE, "Accept": wire.MEDIA_TYPE}
-        return wire.json_request(sequences, top=top, model=self._model), {
+        return wire.json_request(sequences, top=top, model=self._model, more=more), {
             "Content-Type": "application/json"
         }
 
@@ -294,7 +306,7 @@ class TeacherClient:
         if response.headers.get("content-type") == wire.MEDIA_TYPE:
             try:
                 return wire.decode_answer(response.content)
-            except wire.WireError as error:
+            except WireError as error:
                 raise self._http.bad_answer(path, error, response) from error
         read = self._http.read(ScoreResponse, path, response)
         return wire.Answer(
@@ -303,6 +315,9 @@ class TeacherClient:
             logprobs=[score.logprobs for score in read.scores],
             top_ids=[score.top_ids or () for score in read.scores],
             top_logprobs=[score.top_logprobs or () for score in read.scores],
+            version=read.version,
+            candidates=[score.candidate_logprobs or () for score in read.scores],
+            entropy=[score.entropy or () for score in read.scores],
         )
 
     def _pin(self, fingerprint: str) -> None:
@@ -312,7 +327,7 @@ class TeacherClient:
         if self._fingerprint is None:
             self._fingerprint = fingerprint
         elif fingerprint != self._fingerprint:
-            raise BadAnswer(
+            raise OtherModel(
                 f"the teacher at {self._http.url} is another model: its fingerprint is "
                 f"{fingerprint}, not {self._fingerprint}"
             )

@@ -120,20 +120,20 @@ class CompletionRequest(BaseModel):
             ids = [*ids, int(scores.top_ids[-1, 0])]
             own[-1] = float(scores.top_logprobs[-1, 0])
         tops = list(zip(scores.top_ids.tolist(), scores.top_logprobs.tolist(), strict=True))
-        places = [Place(*place) for place in zip(ids, own, tops, strict=True)]
-        given = places[: len(prompt) - 1] if self._prompt_wanted else []
-        made = places[len(given) :]
+        positions = [Position(*position) for position in zip(ids, own, tops, strict=True)]
+        given = positions[: len(prompt) - 1] if self._prompt_wanted else []
+        made = positions[len(given) :]
         logprobs = None
         if self.logprobs is not None:
             shown = [*given, *made] if self.echo else made
             logprobs = ChoiceLogprobs.of(prompt[0] if self.echo else None, shown, self.logprobs)
         of_prompt = None
         if (k := self.prompt_logprobs) is not None:
-            of_prompt = [None, *(place.entries(k) for place in given)]
+            of_prompt = [None, *(position.entries(k) for position in given)]
         return Choice(index=index, logprobs=logprobs, prompt_logprobs=of_prompt)
 
 
-class Place:
+class Position:
     """One scored token and the alternatives in its place."""
 
     def __init__(self, id_: int, logprob: float, top: tuple[list[int], list[float]]) -> None:
@@ -173,14 +173,14 @@ class ChoiceLogprobs(BaseModel):
     top_logprobs: list[dict[str, float] | None]
 
     @classmethod
-    def of(cls, first: int | None, places: Sequence[Place], k: int) -> ChoiceLogprobs:
-        """Of the scored `places`, behind the unscored `first` token if there is one."""
+    def of(cls, first: int | None, positions: Sequence[Position], k: int) -> ChoiceLogprobs:
+        """Of the scored `positions`, behind the unscored `first` token if there is one."""
         none = [] if first is None else [None]
-        tokens = ([] if first is None else [_name(first)]) + [_name(p.id) for p in places]
-        tops = [{_name(id_): value for id_, value, _ in p.ranked(k)} for p in places]
+        tokens = ([] if first is None else [_name(first)]) + [_name(p.id) for p in positions]
+        tops = [{_name(id_): value for id_, value, _ in p.ranked(k)} for p in positions]
         return cls(
             text_offset=[0] * len(tokens),
-            token_logprobs=[*none, *(p.logprob for p in places)],
+            token_logprobs=[*none, *(p.logprob for p in positions)],
             tokens=tokens,
             top_logprobs=[*none, *tops],
         )

@@ -1,25 +1,32 @@
-"""Settings of the teacher: its model, its server and the workers that ask it. Imports pydantic
-only."""
+"""Settings of the teachers: their models, their server and the workers that ask them. Imports
+pydantic only."""
 
 from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from services.config import DEFAULT_TEACHER, Config, EngineConfig, RedisConfig, Resources
+from services.config import (
+    DEFAULT_TEACHER,
+    HEAD,
+    Config,
+    EngineConfig,
+    RedisConfig,
+    Resources,
+    WorkersConfig,
+)
 
 
 class CacheConfig(RedisConfig):
-    """A Redis that remembers scores, shared by whoever is given its URL."""
+    """A Redis that remembers scores and nothing else, shared by whoever is given its URL. Its own
+    `maxmemory` and `maxmemory-policy allkeys-lru` keep it bounded."""
 
     url: str
-    max_bytes: int = Field(default=1 << 30, ge=1)
-    """Of all scores in it; those that were used longest ago go first."""
 
 
 class Autoscale(Config):
@@ -55,14 +62,60 @@ class Endpoint(Config):
     """The environment variable that holds its API key."""
 
 
-class TeacherModel(Config):
+class Message(Config):
+    """A chat message whose text may name keys of the row: `{prompt}`, `{reference}`, or any of its
+    `extra_info`."""
+
+    role: str = "user"
+    content: str
+
+
+def _context(value: object) -> object:
+    """Text that is no keyword is what the user says."""
+    return [{"content": value}] if isinstance(value, str) and value != "row" else value
+
+
+Context: TypeAlias = Annotated[
+    Literal["row"] | Annotated[tuple[Message, ...], Field(min_length=1)], BeforeValidator(_context)
+]
+"""A prompt of the teacher's own: a template over each row, or its `extra_info.teacher_prompt`."""
+
+
+class TeacherConfig(Config):
     """One teacher: a model, and who serves it."""
 
     model: str
     """A Hugging Face directory or hub name; also the name that requests call the model by."""
+    data_sources: tuple[str, ...] = ()
+    """Whose prompts go to it, besides those whose row names it (`extra_info.teacher`) and the data
+    source of its own name. The teacher `default` has all others."""
+    context: Context | None = None
+    """What it reads before an answer instead of the student's prompt: text, or chat messages, with
+    `{prompt}`, `{reference}` and keys of the row's `extra_info` in them; `row` takes the messages
+    in `extra_info.teacher_prompt`. Its own chat template is applied; the student never sees it."""
+    tokenizer: Literal["student", "own"] = "student"
+    """`own`: the teacher's tokenizer is another than the student's. Prompts are made with its own
+    chat template, answers are tokenised anew for it, and log-probs are compared over chunks of
+    text, where both have a boundary."""
+    weights: Literal["fixed", "student"] = "fixed"
+    """`student`: the weights that the learner publishes, of which `model`, the run's student, only
+    gives the architecture."""
+    refresh_steps: int = Field(default=1, ge=1)
+    """With `weights: student`: they are taken over once the learner is so many steps ahead."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """With `weights: student`: the share of its old weights that the teacher keeps at each refresh;
+    0 is a copy."""
+    probe_tolerance: float = Field(default=1e-3, gt=0)
+    """With `weights: student`: as `rollout.probe_tolerance`."""
     endpoints: list[Annotated[Endpoint, BeforeValidator(_endpoint)]] = Field(default_factory=list)
     """Servers that hold this model already (each a URL, or more about it): the run then deploys
     none of its own."""
+    reference: str = "majority"
+    """Which model is right where endpoints differ and `model` is not on this machine: that of most
+    endpoints, or of the one whose URL is given."""
+    endpoint_tolerance: float = Field(default=0.1, gt=0)
+    """Nats by which the log-probs of a fixed sequence may differ on average between endpoints that
+    tell no fingerprint: bfloat16 and other kernels differ by some hundredths."""
     ca_file: Path | None = None
     """Certificates (PEM) of the private authority that vouches for the endpoints, on every node."""
     hedge_factor: float | None = Field(default=4.0, ge=1)
@@ -103,20 +156,41 @@ class TeacherModel(Config):
     """How long requests in flight may still take when a replica is told to stop."""
 
     @model_validator(mode="after")
-    def _served_once(self) -> TeacherModel:
+    def _served_once(self) -> TeacherConfig:
         if self.autoscale and self.replicas != 1:
             raise ValueError("replicas is fixed by autoscale: leave it out")
         own = ("replicas", "autoscale", "engine", "resources", "key_tokens_per_s", "cache")
-        if self.endpoints and (changed := self._changed(own)):
+        fields = type(self).model_fields
+        changed = [name for name in own if getattr(self, name) != fields[name].get_default()]
+        if self.endpoints and changed:
             raise ValueError(
                 f"endpoints are served by others, so this run serves no such teacher: leave out "
                 f"{', '.join(changed)}"
             )
+        known = ("majority", *(endpoint.url for endpoint in self.endpoints))
+        if self.reference not in known:
+            raise ValueError(
+                f"reference is {self.reference!r}, and must be one of {', '.join(known)}"
+            )
         return self
 
-    def _changed(self, names: tuple[str, ...]) -> list[str]:
-        fields = type(self).model_fields
-        return [name for name in names if getattr(self, name) != fields[name].get_default()]
+    @model_validator(mode="after")
+    def _follows(self) -> TeacherConfig:
+        if self.weights == "fixed":
+            ours = {"refresh_steps", "ema", "probe_tolerance"} & self.model_fields_set
+            changed = [n for n in ours if getattr(self, n) != type(self).model_fields[n].default]
+            if changed:
+                raise ValueError(f"{', '.join(sorted(changed))}: only with weights: student")
+            return self
+        if self.endpoints:
+            raise ValueError("weights: student follow the run's learner: leave out endpoints")
+        if self.tokenizer == "own":
+            raise ValueError("weights: student have the student's tokenizer: leave out tokenizer")
+        if self.cache is not None:
+            raise ValueError("weights: student change, and a cache knows the model alone: leave it")
+        if self.ema and (self.replicas > 1 or self.autoscale):
+            raise ValueError("ema: each replica would have an average of its own; take one replica")
+        return self
 
     @property
     def least_replicas(self) -> int:
@@ -124,70 +198,77 @@ class TeacherModel(Config):
         return self.autoscale.min_replicas if self.autoscale else self.replicas
 
 
-class OtherTeacher(TeacherModel):
-    """A teacher of some of the prompts: of those whose row names it (`extra_info.teacher`), and of
-    data sources."""
+class ScoringConfig(WorkersConfig):
+    """What all teachers of a run share: the address at which they are served, and the stage workers
+    that ask them."""
 
-    data_sources: tuple[str, ...] = ()
-    """Whose prompts go to it, besides the data source of its own name."""
-
-
-class TeacherConfig(TeacherModel):
-    """The teachers of a run: the one that scores whatever names no other, the others, the address
-    at which all are served, and the stage workers in front of them."""
-
-    others: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], OtherTeacher] = Field(
-        default_factory=dict
-    )
-    """More teachers by name, each with all the settings of one."""
     host: str = "127.0.0.1"
     """Address to listen on. Any other than loopback needs at least one API key."""
     port: int = Field(default=8000, ge=0, le=65_535)
     """0 takes a free port."""
-    workers: int = Field(default=1, ge=1)
-    """Stage workers that carry groups from the verified to the scored stream."""
-    capacity: int = Field(default=16, ge=1)
-    """Groups in flight in one worker; each is one request."""
+    resources: Resources = HEAD
     start_timeout_s: float = Field(default=600.0, gt=0)
     """How long the servers may take to load their models and answer."""
 
-    @property
-    def named(self) -> dict[str, TeacherModel]:
-        """All teachers by name, the default first."""
-        return {DEFAULT_TEACHER: self, **self.others}
+
+class TeachersConfig(Config):
+    """The teachers of a run by name, and what they share. One teacher may be written `teacher: {…}`
+    instead; it is called `default`."""
+
+    teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], TeacherConfig] = (
+        Field(default_factory=dict)
+    )
+    scoring: ScoringConfig = ScoringConfig()
 
     @property
-    def served(self) -> dict[str, TeacherModel]:
+    def served(self) -> dict[str, TeacherConfig]:
         """Those that are not somebody else's."""
-        return {name: one for name, one in self.named.items() if not one.endpoints}
+        return {name: one for name, one in self.teachers.items() if not one.endpoints}
 
     def router(self) -> Callable[[str | None, str], str]:
         """A function from the teacher that a row names, if any, and its data source to the name of
         the teacher that scores it. It raises ValueError where there is no such teacher."""
-        by_source = {source: name for name in self.others for source in self._sources(name)}
-        known = [*self.named]
+        known = [*self.teachers]
+        by_source = {source: name for name in known for source in self._sources(name)}
 
         def route(named: str | None, data_source: str) -> str:
+            name = named or by_source.get(data_source, DEFAULT_TEACHER)
+            if name in known:
+                return name
             if named is None:
-                return by_source.get(data_source, DEFAULT_TEACHER)
-            if named not in known:
-                near = difflib.get_close_matches(named, known, n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]!r}?" if near else f"only {', '.join(known)}"
-                raise ValueError(f"this run has no teacher {named!r}; {hint}")
-            return named
+                raise ValueError(
+                    f"the data source {data_source!r} belongs to no teacher: call one of "
+                    f"{', '.join(known)} {DEFAULT_TEACHER!r}, or give it this source"
+                )
+            near = difflib.get_close_matches(named, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"only {', '.join(known)}"
+            raise ValueError(f"this run has no teacher {named!r}; {hint}")
 
         return route
 
     def _sources(self, name: str) -> tuple[str, ...]:
-        return (name, *self.others[name].data_sources)
+        return (name, *self.teachers[name].data_sources)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_teacher(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping) or "teacher" not in raw:
+            return raw
+        rest = {key: value for key, value in raw.items() if key != "teacher"}
+        if raw["teacher"] is None:
+            return rest
+        named = rest.get("teachers") or {}
+        if isinstance(named, Mapping) and DEFAULT_TEACHER in named:
+            raise ValueError(
+                f"teacher and teachers.{DEFAULT_TEACHER} are the same one: write it once"
+            )
+        return rest | {"teachers": {DEFAULT_TEACHER: raw["teacher"], **named}}
 
     @model_validator(mode="after")
-    def _told_apart(self) -> TeacherConfig:
-        if DEFAULT_TEACHER in self.others:
-            raise ValueError(f"others may not be called {DEFAULT_TEACHER!r}: that is this teacher")
-        if not self.served and self._changed(("host",)):
-            raise ValueError("endpoints are served by others: leave out host")
-        sources = Counter(s for name in self.others for s in {*self._sources(name)})
+    def _distinct(self) -> Self:
+        if self.teachers and not self.served and self.scoring.host != ScoringConfig().host:
+            raise ValueError("endpoints are served by others: leave out scoring.host")
+        sources = Counter(s for name in self.teachers for s in {*self._sources(name)})
         models = Counter(one.model for one in self.served.values())
         for what, counted in (("data source", sources), ("model", models)):
             for value, times in counted.items():

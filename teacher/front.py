@@ -37,7 +37,7 @@ from teacher.asgi import (
 )
 from teacher.auth import BearerAuth, KeyRing
 
-_LOOK_S = 5.0  # how long a model may take to say what it is
+_LOOK_S = 30.0  # how long a model may take to say what it is
 _OWN_HOP = frozenset({b"content-length", b"transfer-encoding", b"connection", b"host"})
 
 
@@ -127,10 +127,10 @@ class _Front:
     async def models(self, request: Request) -> Response:
         """The cards of all models that answer."""
         looks = (self._look(name, request) for name in self.teachers)
-        found = await asyncio.gather(*looks, return_exceptions=True)
-        away = [answer for answer in found if isinstance(answer, BaseException)]
+        answers = await asyncio.gather(*looks, return_exceptions=True)
+        away = [answer for answer in answers if isinstance(answer, BaseException)]
         cards: list[Any] = []
-        for answer in found:
+        for answer in answers:
             if isinstance(answer, Answered):
                 cards += json.loads(answer.body)["data"]
         if not cards:

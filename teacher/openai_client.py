@@ -1,7 +1,7 @@
 """Asking a server that speaks OpenAI's completions and vLLM's `prompt_logprobs`: any `vllm serve`.
 
 Such a server does not tell which weights it holds. It is held to the name that it serves, and to
-what it said about a fixed sequence of tokens when it was first asked (`Probe`).
+what the right model says of a fixed sequence of tokens (`Probe`).
 """
 
 from __future__ import annotations
@@ -12,35 +12,43 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel, Field
 
+from services.errors import BadItem
 from services.trajectory import LogProbs
-from teacher.client import BadAnswer, Http, Pair, Target
-from teacher.scores import InvalidLogProbs, TokenScores, valid_scores
+from teacher.client import BadAnswer, Http, OtherModel, Pair, Target
+from teacher.scores import NO_MORE, InvalidLogProbs, More, TokenScores, valid_scores
 
 _PATH = "/v1/completions"
-_PROBE = [3 + 7 * i % 250 for i in range(32)]  # ids that every vocabulary has
-_SAME = 0.1  # nats that two servers of one model may differ on average: bfloat16, other kernels
+PROBE = [3 + 7 * i % 250 for i in range(32)]  # ids that every vocabulary has
+SAME = 0.1  # nats that two servers of one model may differ on average: bfloat16, other kernels
 _NO_NUMBER = -9999.0  # what vLLM writes for minus infinity
 
 
 class Probe:
-    """What the first server said of the probe: all others must say the same."""
+    """What every server must say of the fixed sequence: `right`, or where nobody could tell
+    before, what the first one says. Answers may be `tolerance` nats off on average."""
 
-    def __init__(self) -> None:
-        self._first: LogProbs | None = None
+    def __init__(self, right: LogProbs | None = None, tolerance: float = SAME) -> None:
+        self._right = right
+        self._tolerance = tolerance
 
     def compare(self, url: str, logprobs: LogProbs) -> None:
         """
         Raises:
-            BadAnswer: another model answers there.
+            OtherModel: another model answers there.
         """
-        if self._first is None:
-            self._first = logprobs
-        difference = float(np.abs(logprobs - self._first).mean())
-        if difference > _SAME:
-            raise BadAnswer(
+        if self._right is None:
+            self._right = logprobs
+        difference = apart(logprobs, self._right)
+        if difference > self._tolerance:
+            raise OtherModel(
                 f"the teacher at {url} is another model: its log-probs of a fixed sequence are "
                 f"{difference:.2f} nats off"
             )
+
+
+def apart(ours: LogProbs, theirs: LogProbs) -> float:
+    """How many nats two answers to the probe differ on average."""
+    return float(np.abs(ours - theirs).mean())
 
 
 class _Entry(BaseModel):
@@ -91,18 +99,43 @@ class CompletionsClient:
 
     async def check(self) -> None:
         """See `Client`."""
+        self._probe.compare(self._http.url, await self.probe())
+
+    async def probe(self) -> LogProbs:
+        """What it says of the fixed sequence.
+
+        Raises:
+            Unavailable, BadAnswer: it does not answer, or not as it should.
+        """
         response = await self._http.ask("GET", "/v1/models")
         names = [model.id for model in self._http.read(_Models, "/v1/models", response).data]
         if self._model is None:
             self._model = names[0]
         elif self._model not in names:
             raise BadAnswer(f"the teacher at {self._http.url} does not serve {self._model!r}")
-        ids = np.array(_PROBE, np.int32)
+        ids = np.array(PROBE, np.int32)
         (scores,) = await self.score([(ids[:1], ids[1:])])
-        self._probe.compare(self._http.url, scores.logprobs)
+        return scores.logprobs
 
-    async def score(self, sequences: Sequence[Pair], top: int = 0) -> list[TokenScores]:
+    async def refusal(self, top: int) -> str:
+        """Why it does not give so many of the most likely tokens; empty where it does.
+
+        Raises:
+            Unavailable: it does not answer.
+        """
+        ids = np.array(PROBE, np.int32)
+        try:
+            await self.score([(ids[:1], ids[1:])], top)
+        except (BadItem, BadAnswer) as error:  # refused, or fewer than were asked for
+            return str(error)
+        return ""
+
+    async def score(
+        self, sequences: Sequence[Pair], top: int = 0, more: More = NO_MORE
+    ) -> list[TokenScores]:
         """See `Client`."""
+        if more:
+            raise BadItem(f"the teacher at {self._http.url} gives no candidates and no entropy")
         body = {
             "model": self._model,
             "prompt": [
@@ -117,13 +150,13 @@ class CompletionsClient:
         answer = self._http.read(_Completion, _PATH, response)
         if answer.model != self._model:
             raise BadAnswer(f"the teacher at {self._http.url} answered as {answer.model!r}")
-        found = {choice.index: choice.prompt_logprobs for choice in answer.choices}
-        if found.keys() != set(range(len(sequences))):
+        by_index = {choice.index: choice.prompt_logprobs for choice in answer.choices}
+        if by_index.keys() != set(range(len(sequences))):
             raise BadAnswer(
                 f"the teacher at {self._http.url} gave {len(answer.choices)} choices for "
                 f"{len(sequences)} sequences"
             )
-        return [self._scores(found[i], pair, i, top) for i, pair in enumerate(sequences)]
+        return [self._scores(by_index[i], pair, i, top) for i, pair in enumerate(sequences)]
 
     def _scores(
         self, entries: Sequence[Mapping[int, _Entry] | None], pair: Pair, index: int, top: int
@@ -149,9 +182,9 @@ def _valid(
         InvalidLogProbs: these are not the scores of `ids`.
     """
     own, top_ids, top_logprobs = [], [], []
-    for place, (entry, id_) in enumerate(zip(entries, ids, strict=True)):
+    for position, (entry, id_) in enumerate(zip(entries, ids, strict=True)):
         if entry is None or id_ not in entry or len(entry) < top:
-            raise InvalidLogProbs(f"no log-prob of token {place}")
+            raise InvalidLogProbs(f"no log-prob of token {position}")
         best = sorted(entry.items(), key=lambda item: -item[1].logprob)[:top]
         own.append(entry[id_].logprob)
         top_ids.append([other for other, _ in best])

@@ -6,19 +6,17 @@ request ─▶ its completions of one prompt ─▶ batcher ─▶ forward: that
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
-from torch import Tensor
+import torch
 from transformers import PreTrainedModel
 
 from services import packed
 from services.batching import Batcher
+from services.trajectory import TokenIds
 from teacher.scorer import ScoringError, check_starts
-from teacher.scores import InvalidLogProbs, TokenScores, valid_scores
-
-_Answer: TypeAlias = tuple[Tensor, Tensor, Tensor]  # log-probs [T], ids [T, k], log-probs [T, k]
+from teacher.scores import NO_MORE, InvalidLogProbs, More, TokenScores, valid_scores, with_more
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +26,7 @@ class _Work:
     sequences: Sequence[Sequence[int]]
     start: int
     top: int
+    more: More
 
     @property
     def tokens(self) -> int:
@@ -53,7 +52,11 @@ class PackedScorer:
         self._batcher = Batcher(self._forward, cost=lambda work: work.tokens, budget=batch_tokens)
 
     async def score(
-        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int = 0
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        top: int = 0,
+        more: More = NO_MORE,
     ) -> list[TokenScores]:
         """See `teacher.scorer.Scorer`.
 
@@ -65,23 +68,37 @@ class PackedScorer:
         parts = self._parts(sequences, starts)
         answers = await asyncio.gather(
             *(
-                self._batcher.submit(_Work([sequences[i] for i in part], starts[part[0]], top))
+                self._batcher.submit(
+                    _Work([sequences[i] for i in part], starts[part[0]], top, more.of(part))
+                )
                 for part in parts
             )
         )
-        scores = [TokenScores.empty(top) for _ in sequences]
-        places = [place for part in parts for place in part]
+        scores = [TokenScores.empty(top, more) for _ in sequences]
+        indices = [index for part in parts for index in part]
         flat = [answer for part in answers for answer in part]
-        for place, (logprobs, ids, values) in zip(places, flat, strict=True):
-            count = len(sequences[place]) - starts[place]
-            ids, values = ids[:, :top], values[:, :top]  # others may have wanted more
+        for index, answer in zip(indices, flat, strict=True):
+            count = len(sequences[index]) - starts[index]
+            # Others may have wanted more.
+            ids, values = answer.top_ids[:, :top], answer.top_logprobs[:, :top]
+            candidates = answer.candidates[:, : more.width]
             try:
-                scores[place] = valid_scores(
-                    logprobs.numpy(), count, ids.numpy(), values.numpy(), top
+                made = valid_scores(
+                    answer.logprobs.numpy(), count, ids.numpy(), values.numpy(), top
                 )
+                scores[index] = with_more(made, candidates.numpy(), answer.entropy.numpy(), more)
             except InvalidLogProbs as error:
-                raise ScoringError(place, error) from error
+                raise ScoringError(index, error) from error
         return scores
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """What computes; to be changed by `change` alone."""
+        return self._model
+
+    async def change(self, action: Callable[[], None]) -> None:
+        """Runs `action`, which may change the model, while no forward runs."""
+        await self._batcher.between_batches(action)
 
     async def check(self) -> None:
         """A model in this process cannot die alone."""
@@ -98,32 +115,50 @@ class PackedScorer:
         longest. Longest first, so that what does not fit is found out at once.
         """
         wanted = sorted(
-            (place for place, start in enumerate(starts) if start < len(sequences[place])),
-            key=lambda place: -len(sequences[place]),
+            (index for index, start in enumerate(starts) if start < len(sequences[index])),
+            key=lambda index: -len(sequences[index]),
         )
         if not packed.can_share(self._model, self._model.device):
-            return [[place] for place in wanted]
+            return [[index] for index in wanted]
         parts: list[list[int]] = []
         for family in packed.same_beginnings(
-            [sequences[place] for place in wanted], [starts[place] for place in wanted]
+            [sequences[index] for index in wanted], [starts[index] for index in wanted]
         ):
             parts.append([])
             left = self._batch_tokens - starts[wanted[family[0]]]
-            for place in (wanted[member] for member in family):
-                left -= len(sequences[place]) - starts[place]
+            for index in (wanted[member] for member in family):
+                left -= len(sequences[index]) - starts[index]
                 if parts[-1] and left < 0:
                     parts.append([])
-                    left = self._batch_tokens - len(sequences[place])
-                parts[-1].append(place)
+                    left = self._batch_tokens - len(sequences[index])
+                parts[-1].append(index)
         return parts
 
-    def _forward(self, batch: Sequence[_Work]) -> list[list[_Answer]]:
+    def _forward(self, batch: Sequence[_Work]) -> list[list[packed.Scored]]:
         answers = iter(
             packed.score_top(
                 self._model,
                 [ids for work in batch for ids in work.sequences],
                 [work.start for work in batch for _ in work.sequences],
                 max(work.top for work in batch),
+                _candidates(batch),
+                entropy=any(work.more.entropy for work in batch),
             )
         )
         return [[next(answers) for _ in work.sequences] for work in batch]
+
+
+def _candidates(batch: Sequence[_Work]) -> torch.Tensor | None:
+    """[C, m] those of all sequences, filled up with any token where others have more."""
+    width = max(work.more.width for work in batch)
+    if not width:
+        return None
+    counts = [len(ids) - work.start for work in batch for ids in work.sequences]
+    table = torch.zeros(sum(counts), width, dtype=torch.int64)
+    named: list[TokenIds | None] = []
+    for work in batch:
+        named += work.more.candidates or [None] * len(work.sequences)
+    for part, ids in zip(torch.split(table, counts), named, strict=True):
+        if ids is not None:
+            part[:, : ids.shape[1]] = torch.tensor(ids)
+    return table

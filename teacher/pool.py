@@ -7,7 +7,8 @@
 A server is used once it has been recognised (its dialect, and that it serves the right model).
 Failures in a row, or no connection at all, take it out; it is asked for its models from then on,
 ever less often, and comes back when it answers. So requests never wait for a server that is known
-to be down, and a call fails only when every server has.
+to be down, and a call fails only when every server has. A server that turns out to hold another
+model ends the run, whatever the others say: somebody must decide which one is meant.
 """
 
 from __future__ import annotations
@@ -17,26 +18,32 @@ import logging
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from services.stage import BadItem, Unavailable
+from services.errors import BadItem, Unavailable, WorkerFailed
+from services.trajectory import LogProbs
 from teacher.api import ModelCard
 from teacher.client import (
     BadAnswer,
-    Busy,
     Client,
     Http,
     NoLogProbs,
+    OtherModel,
     Pair,
     Target,
+    TeacherBusy,
     TeacherClient,
     Unreachable,
 )
-from teacher.config import TeacherModel
-from teacher.openai_client import CompletionsClient, Probe
-from teacher.scores import TokenScores
+from teacher.config import TeacherConfig
+from teacher.openai_client import SAME, CompletionsClient, Probe
+from teacher.scores import NO_MORE, More, TokenScores
 
 log = logging.getLogger(__name__)
+
+_Question: TypeAlias = tuple[Sequence[Pair], int, More]  # what `Client.score` takes
 
 _FAILURES = 3  # in a row take a server out
 _FIRST_CHECK_S, _LAST_CHECK_S = 0.2, 10.0
@@ -52,7 +59,7 @@ class MissingKey(RuntimeError):
     """An API key is not where the config says."""
 
 
-def targets(config: TeacherModel, environment: Mapping[str, str]) -> list[Target]:
+def targets(config: TeacherConfig, environment: Mapping[str, str]) -> list[Target]:
     """The configured servers with their keys.
 
     Raises:
@@ -63,7 +70,7 @@ def targets(config: TeacherModel, environment: Mapping[str, str]) -> list[Target
         key = environment.get(endpoint.key_env) if endpoint.key_env else None
         if endpoint.key_env and not key:
             raise MissingKey(
-                f"the key of {endpoint.url} is to be in the environment variable "
+                f"the key of {endpoint.url} must be in the environment variable "
                 f"{endpoint.key_env}, which is not set"
             )
         made.append(Target(endpoint.url, key, endpoint.model, config.ca_file))
@@ -80,37 +87,54 @@ class Servers:
         fingerprint: the model that must answer; None pins the first that does.
         hedge_factor: a request that takes so many times as long as a slow one is sent to a
             second server too; None never does.
+        probe: what the right model says of the fixed sequence; None pins what the first server
+            says that tells no fingerprint.
+        tolerance: nats that another may be off that on average.
     """
 
     targets: Sequence[Target]
     timeout_s: float
     fingerprint: str | None = None
     hedge_factor: float | None = None
+    probe: LogProbs | None = None
+    tolerance: float = SAME
 
 
-async def cards(servers: Servers) -> list[ModelCard]:
-    """What the servers tell of their model: one card of each that is of this project and answers.
+@dataclass(frozen=True, slots=True)
+class ServerAnswer:
+    """What a server tells of its model: of this project a card, others what they say of the fixed
+    sequence (`teacher.openai_client.PROBE`), if they score it."""
 
-    Raises:
-        Unavailable, BadAnswer: none of them answers as it should; of the last.
-    """
-    found: list[ModelCard] = []
-    failed: Exception | None = None
-    answered = False
-    for target in servers.targets:
+    url: str
+    card: ModelCard | None = None
+    probe: LogProbs | None = None
+    failed: Exception | None = None  # Unavailable or BadAnswer: nobody knows what it is
+    refusal: str = ""
+    """What the others say to those that ask for the most likely tokens, if they give none."""
+
+
+async def ask(servers: Servers, top: int = 0) -> list[ServerAnswer]:
+    """Asks each server what it is, and whether it gives the `top` most likely tokens."""
+    asked = (_ask_one(target, servers.timeout_s, top) for target in servers.targets)
+    return await asyncio.gather(*asked)
+
+
+async def _ask_one(target: Target, timeout_s: float, top: int) -> ServerAnswer:
+    try:
+        client = await _dialect(target, timeout_s, None, Probe())
         try:
-            client = await _dialect(target, servers.timeout_s, None, Probe())
-            try:
-                if isinstance(client, TeacherClient):
-                    found.append(await client.info())
-            finally:
-                await client.aclose()
-            answered = True
-        except (Unavailable, BadAnswer) as error:
-            failed = error
-    if failed is not None and not answered:
-        raise failed
-    return found
+            if isinstance(client, TeacherClient):
+                return ServerAnswer(target.url, card=await client.info())
+            assert isinstance(client, CompletionsClient)
+            with suppress(Unavailable, BadAnswer, BadItem):
+                probe = await client.probe()
+                refusal = await client.refusal(top) if top else ""
+                return ServerAnswer(target.url, probe=probe, refusal=refusal)
+            return ServerAnswer(target.url)
+        finally:
+            await client.aclose()
+    except (Unavailable, BadAnswer) as error:
+        return ServerAnswer(target.url, failed=error)
 
 
 async def _dialect(
@@ -149,7 +173,8 @@ class TeacherPool:
         self._timeout_s = servers.timeout_s
         self._fingerprint = servers.fingerprint
         self._hedge_factor = servers.hedge_factor
-        self._probe = Probe()
+        self._probe = Probe(servers.probe, servers.tolerance)
+        self._other: OtherModel | None = None
         self._changed = asyncio.Event()  # set and replaced whenever a server's state does
         self.requests = 0
         self.hedged = 0
@@ -173,22 +198,27 @@ class TeacherPool:
             if server.client is not None:
                 await server.client.aclose()
 
-    async def score(self, sequences: Sequence[Pair], top: int = 0) -> list[TokenScores]:
+    async def score(
+        self, sequences: Sequence[Pair], top: int = 0, more: More = NO_MORE
+    ) -> list[TokenScores]:
         """See `teacher.client.Client.score`.
 
         Raises:
             Unavailable: no server can be used, or all that can have failed.
+            WorkerFailed: one of them holds another model.
             BadAnswer, BadItem: see `teacher.client`; another server was asked before, if there
                 is one, unless the item itself is at fault.
         """
         self.requests += 1
         failed: dict[_Server, Exception] = {}
-        while (server := await self._choose(failed)) is not None:
+        while self._other is None and (server := await self._choose(failed)) is not None:
             self.retried += bool(failed)
             try:
-                return await self._ask(server, failed, sequences, top)
+                return await self._ask(server, failed, (sequences, top, more))
             except (Unavailable, BadAnswer, NoLogProbs) as error:
                 failed[server] = error
+        if self._other is not None:
+            raise WorkerFailed(str(self._other)) from self._other
         raise self._exhausted(failed)
 
     # ------------------------------------------------------------------------------ choosing
@@ -198,9 +228,9 @@ class TeacherPool:
         for server in self._servers:
             if not server.up and server.care is None:
                 self._look_after(server)
-        while (found := self._best(failed)) is None and self._hopeful(failed):
+        while (best := self._best(failed)) is None and self._hopeful(failed):
             await self._changed.wait()
-        return found
+        return best
 
     def _best(self, excluded: Collection[_Server]) -> _Server | None:
         now = time.monotonic()
@@ -228,26 +258,25 @@ class TeacherPool:
         self,
         server: _Server,
         failed: dict[_Server, Exception],
-        sequences: Sequence[Pair],
-        top: int,
+        question: _Question,
     ) -> list[TokenScores]:
         """Asks `server`, and a second one when it is unusually slow; the first answer counts."""
-        tokens = sum(len(prompt) + len(completion) for prompt, completion in sequences)
-        asked = {self._request(server, tokens, sequences, top): server}
+        tokens = sum(len(prompt) + len(completion) for prompt, completion in question[0])
+        asked = {self._request(server, tokens, question): server}
         try:
             await asyncio.wait(asked, timeout=self._slow_s(server, tokens))
             if not any(task.done() for task in asked) and self._may_hedge():
                 other = self._best({server, *failed})
                 if other is not None:
                     self.hedged += 1
-                    asked[self._request(other, tokens, sequences, top)] = other
+                    asked[self._request(other, tokens, question)] = other
             return await _first_success(asked, failed)
         finally:
             for task in asked:
                 task.cancel()
 
     def _request(
-        self, server: _Server, tokens: int, sequences: Sequence[Pair], top: int
+        self, server: _Server, tokens: int, question: _Question
     ) -> asyncio.Task[list[TokenScores]]:
         """One request to one server, counted from now on: others choose before it runs."""
 
@@ -255,24 +284,23 @@ class TeacherPool:
             server.outstanding -= tokens
 
         server.outstanding += tokens
-        task = asyncio.create_task(self._timed(server, tokens, sequences, top))
+        task = asyncio.create_task(self._timed(server, tokens, question))
         task.add_done_callback(done)
         return task
 
-    async def _timed(
-        self, server: _Server, tokens: int, sequences: Sequence[Pair], top: int
-    ) -> list[TokenScores]:
+    async def _timed(self, server: _Server, tokens: int, question: _Question) -> list[TokenScores]:
         """One request; what becomes of it is remembered."""
         assert server.client is not None
         started = time.monotonic()
         try:
-            scores = await server.client.score(sequences, top)
-        except Busy as error:
+            scores = await server.client.score(*question)
+        except TeacherBusy as error:
             server.busy_until = time.monotonic() + error.retry_after_s
             server.said = str(error)
             raise
         except (Unavailable, BadAnswer) as error:
             server.failures += 1
+            self._other = error if isinstance(error, OtherModel) else self._other
             if server.up and (server.failures >= _FAILURES or isinstance(error, Unreachable)):
                 self._take_out(server, error)
             raise
@@ -310,6 +338,7 @@ class TeacherPool:
                     await self._recognise(server)
             except (Unavailable, BadAnswer) as error:
                 server.said = str(error)
+                self._other = error if isinstance(error, OtherModel) else self._other
             except TimeoutError:
                 server.said = f"{server.target.url} did not say what it is"
             else:
@@ -331,11 +360,11 @@ class TeacherPool:
             )
         await server.client.check()
         if isinstance(server.client, TeacherClient):
-            found = server.client.fingerprint
+            fingerprint = server.client.fingerprint
             if self._fingerprint is None:
-                self._fingerprint = found
-            elif found != self._fingerprint:
-                raise BadAnswer(f"{server.target.url} is another model: {found}")
+                self._fingerprint = fingerprint
+            elif fingerprint != self._fingerprint:
+                raise OtherModel(f"{server.target.url} is another model: {fingerprint}")
         elif self._fingerprint is None:
             self._fingerprint = server.client.fingerprint
 

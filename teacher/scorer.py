@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from services import engines
 from services.engines import EngineError
 from services.models import fingerprint
 from teacher.api import Limits, ModelCard, Tokens
-from teacher.config import TeacherModel
-from teacher.scores import InvalidLogProbs, TokenScores
+from teacher.config import TeacherConfig
+from teacher.scores import NO_MORE, InvalidLogProbs, More, TokenScores
+
+if TYPE_CHECKING:  # a server must start without torch
+    from services.weights import WeightFeed
 
 
 class Scorer(Protocol):
     """Log-probs of given tokens under one model."""
 
     async def score(
-        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int = 0
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        top: int = 0,
+        more: More = NO_MORE,
     ) -> list[TokenScores]:
         """For each sequence the scores of its tokens from its start on.
 
@@ -25,6 +32,7 @@ class Scorer(Protocol):
             sequences: token ids, prompt and completion together.
             starts: where each completion starts; at least 1, at most the sequence's length.
             top: how many of the most likely tokens come with each; at most the vocabulary.
+            more: what else does.
 
         Raises:
             ScoringError: the model gave no valid log-probs.
@@ -67,24 +75,42 @@ def check_starts(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> N
             raise ValueError(f"cannot score from token {start} of a sequence of {len(ids)}")
 
 
-def build_scorer(config: TeacherModel) -> Scorer:
+def build_scorer(config: TeacherConfig, weights: WeightFeed | None = None) -> Scorer:
     """Loads the teacher with the configured engine. Takes as long as reading its weights.
 
     Raises:
         services.engines.EngineError: the engine is not available.
         services.models.ModelError: the model is not.
     """
-    if engines.choose(config.engine, "teacher.engine") == "vllm":
+    engines.require_gpu(config.engine, "teacher.engine", config.resources)
+    kind = engines.choose(config.engine, "teacher.engine", config.resources)
+    _check_following(config, kind)
+    if kind == "vllm":
         from teacher.vllm_scorer import VLLMScorer
 
         return VLLMScorer(config, model_card(config).limits.max_sequence_tokens)
     from teacher.packed_scorer import PackedScorer
 
-    model = engines.load(config.engine, config.model)
-    return PackedScorer(model, batch_tokens=config.batch_tokens)
+    model = engines.load(config.engine, config.model, config.resources)
+    scorer = PackedScorer(model, batch_tokens=config.batch_tokens)
+    if config.weights == "fixed":
+        return scorer
+    from teacher.following_scorer import FollowingScorer
+
+    if weights is None:
+        raise EngineError("a teacher with the student's weights can be served by a run only")
+    return FollowingScorer(scorer, weights, config)
 
 
-def check_scorer(config: TeacherModel) -> None:
+def _check_following(config: TeacherConfig, kind: str) -> None:
+    if config.weights == "student" and kind == "vllm":
+        raise EngineError(
+            "a teacher with the student's weights is scored by transformers so far: set its "
+            "engine.kind to transformers"
+        )
+
+
+def check_scorer(config: TeacherConfig) -> None:
     """Refuses what `build_scorer` would, as far as that can be told without loading anything:
     vLLM's arguments are checked by vLLM, where it is installed.
 
@@ -93,46 +119,59 @@ def check_scorer(config: TeacherModel) -> None:
         services.models.ModelError: there is no such model.
     """
     longest = model_card(config).limits.max_sequence_tokens
+    _check_following(config, config.engine.kind)
     if engines.vllm_can_check(config.engine):
         from teacher.vllm_scorer import check
 
         check(config, longest)
     elif config.engine.kind == "transformers":
-        engines.choose(config.engine, "teacher.engine")
+        engines.choose(config.engine, "teacher.engine", config.resources)
 
 
-def model_card(config: TeacherModel) -> ModelCard:
+def model_card(config: TeacherConfig) -> ModelCard:
     """What the server tells about its model, read from the model's directory.
 
     Raises:
         services.engines.EngineError: the limits do not fit the model.
         services.models.ModelError: the directory is no model.
     """
-    found = fingerprint(config.model)
-    limit = config.max_sequence_tokens or found.context_length
+    identity = fingerprint(config.model)
+    limit = config.max_sequence_tokens or identity.context_length
     if not limit:
         raise EngineError(
             f"{config.model} names no context length: set teacher.max_sequence_tokens"
         )
-    if found.context_length and limit > found.context_length:
+    if identity.context_length and limit > identity.context_length:
         raise EngineError(
             f"teacher.max_sequence_tokens is {limit}, past the context of {config.model} "
-            f"({found.context_length} tokens)"
+            f"({identity.context_length} tokens)"
         )
     return ModelCard(
         id=config.model,
-        fingerprint=found.model,
-        context_length=found.context_length or limit,
+        fingerprint=identity.model,
+        context_length=identity.context_length or limit,
         tokens=Tokens(
-            tokenizer=found.tokenizer,
-            tokenizer_size=found.tokenizer_size,
-            end_tokens=list(found.end_tokens),
-            chat_template=found.chat_template,
+            tokenizer=identity.tokenizer,
+            tokenizer_size=identity.tokenizer_size,
+            end_tokens=list(identity.end_tokens),
+            chat_template=identity.chat_template,
         ),
         limits=Limits(
             max_sequence_tokens=limit,
             max_request_tokens=config.max_request_tokens,
-            max_top_logprobs=min(config.max_top_logprobs, found.vocab_size),
-            vocab_size=found.vocab_size,
+            max_top_logprobs=min(config.max_top_logprobs, identity.vocab_size),
+            vocab_size=identity.vocab_size,
+            gives=_gives(config),
         ),
     )
+
+
+def _gives(config: TeacherConfig) -> list[Literal["candidates", "entropy"]]:
+    kind = config.engine.kind
+    if kind == "auto":
+        kind = engines.choose(config.engine, "teacher.engine", config.resources)
+    if kind == "transformers":
+        return ["candidates", "entropy"]
+    # vLLM 0.32 scores given ids on GPUs alone, and tells no entropy.
+    on_gpu = config.engine.on(config.resources).startswith("cuda")
+    return ["candidates"] if on_gpu else []

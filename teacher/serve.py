@@ -13,7 +13,7 @@ import asyncio
 import ipaddress
 import logging
 import os
-import socket
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,13 +29,15 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from services.config import HEAD
+from services.ports import free_port
 from services.redis_server import resolve_url
+from services.weights import WeightFeed
 from teacher.admission import Admission, Overloaded, RateLimit
 from teacher.api import ModelCard
 from teacher.app import Teacher, build_app
 from teacher.auth import KeyRing, require_keys
 from teacher.cache import CachedScorer, connect
-from teacher.config import CacheConfig, TeacherConfig, TeacherModel
+from teacher.config import CacheConfig, TeacherConfig, TeachersConfig
 from teacher.front import Answered, Ask, Asked, Away, ask_app, build_front
 from teacher.metrics import Metrics
 from teacher.scorer import Scorer, build_scorer, model_card
@@ -44,7 +46,7 @@ log = logging.getLogger(__name__)
 
 DEPLOYMENT = "teacher"  # what Serve's proxy asks; with several models each is `teacher-<name>`
 _POLL_S = 0.2
-_HEALTH_TIMEOUT_S = 5.0
+_HEALTH_TIMEOUT_S = 30.0
 _DRAIN_POLL_S = 0.2
 _TURNED_AWAY = 1024  # requests that a replica may be refusing at once
 
@@ -70,12 +72,14 @@ class TeacherReplica:
     _teacher: Teacher | None = None  # until it is loaded
     _app: FastAPI | None = None
 
-    def __init__(self, config: TeacherModel, keys: KeyRing) -> None:
+    def __init__(
+        self, config: TeacherConfig, keys: KeyRing, weights: WeightFeed | None = None
+    ) -> None:
         self._config, self._keys = config, keys
         card = model_card(config)  # first: it fails at once where loading takes minutes
         self._metrics = Metrics()
         self._teacher = Teacher(
-            card, remembering(build_scorer(config), card, config.cache, self._metrics)
+            card, remembering(build_scorer(config, weights), card, config.cache, self._metrics)
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -117,18 +121,18 @@ def remembering(
         return scorer
     redis = connect(resolve_url(settings) or settings.url)
 
-    def count(found: int, missed: int) -> None:
-        metrics.cached.labels(card.id, "hit").inc(found)
+    def count(hits: int, missed: int) -> None:
+        metrics.cached.labels(card.id, "hit").inc(hits)
         metrics.cached.labels(card.id, "miss").inc(missed)
 
-    return CachedScorer(scorer, redis, card.fingerprint, max_bytes=settings.max_bytes, count=count)
+    return CachedScorer(scorer, redis, card.fingerprint, count=count)
 
 
 class FrontReplica:
     """What Serve's proxy asks where there are several models."""
 
     def __init__(
-        self, models: dict[str, TeacherModel], keys: KeyRing, *handles: DeploymentHandle[Any]
+        self, models: dict[str, TeacherConfig], keys: KeyRing, *handles: DeploymentHandle[Any]
     ) -> None:
         self._models, self._keys, self._handles = models, keys, handles
 
@@ -143,7 +147,7 @@ class FrontReplica:
         )
 
 
-def _held(models: Iterable[TeacherModel]) -> int:
+def _held(models: Iterable[TeacherConfig]) -> int:
     """Requests that all replicas together hold, however many there are."""
     return sum(
         one.max_ongoing_requests * (one.autoscale.max_replicas if one.autoscale else one.replicas)
@@ -162,7 +166,7 @@ def _through(handle: DeploymentHandle[Any]) -> Ask:
             response.cancel()
             raise
         except BackPressureError as error:
-            raise Overloaded("as many requests as may are waiting already", 1) from error
+            raise Overloaded("too many requests are waiting already", 1) from error
         except (RayActorError, RayServeException) as error:
             raise Away("its replica is being replaced") from error
         return answer
@@ -172,7 +176,7 @@ def _through(handle: DeploymentHandle[Any]) -> Ask:
 
 def application(settings: dict[str, Any]) -> serve.Application:
     """The teacher for a Serve config file: `import_path: teacher.serve:application`, with the
-    settings of `TeacherConfig` as `args` and the API keys in SCOPE_TEACHER_KEYS, separated by
+    settings of `TeachersConfig` as `args` and the API keys in SCOPE_TEACHER_KEYS, separated by
     commas. The proxy's address is the file's `http_options`.
 
     Raises:
@@ -180,16 +184,22 @@ def application(settings: dict[str, Any]) -> serve.Application:
         ValueError: others serve all its models.
         teacher.auth.InsecureAddress: it would listen to other machines without a key.
     """
-    config = TeacherConfig.model_validate(settings)
+    config = TeachersConfig.model_validate(settings)
     ring = KeyRing(key for key in os.environ.get("SCOPE_TEACHER_KEYS", "").split(",") if key)
-    require_keys(config.host, ring)
+    require_keys(config.scoring.host, ring)
     if not config.served:
         raise ValueError("endpoints are served by others: there is no teacher to serve here")
-    return _bind(config, ring)
+    return _bind(config, ring, None)
 
 
 def deploy_teacher(
-    config: TeacherConfig, keys: Iterable[str], *, name: str, route_prefix: str = "/"
+    config: TeachersConfig,
+    keys: Iterable[str],
+    *,
+    name: str,
+    route_prefix: str = "/",
+    stopping: threading.Event | None = None,
+    weights: WeightFeed | None = None,
 ) -> str:
     """Deploys the models of `config` that are not served by others on the Ray cluster at hand, and
     waits until they answer.
@@ -199,6 +209,8 @@ def deploy_teacher(
         keys: API keys; only their digests leave this process.
         name: of the Serve application; one that exists under it is replaced.
         route_prefix: path under which it is served.
+        stopping: ends the wait when it is set, with TeacherFailed.
+        weights: the student's, for those that follow it.
 
     Returns:
         The URL for `TeacherClient`; with several models, requests name theirs.
@@ -208,13 +220,16 @@ def deploy_teacher(
         TeacherFailed: it did not start, or not in time.
     """
     ring = KeyRing(keys)
-    require_keys(config.host, ring)
+    require_keys(config.scoring.host, ring)
+    stopping = stopping or threading.Event()
     url = _start_http(config) + route_prefix.rstrip("/")
+    if stopping.is_set():
+        raise TeacherFailed("the teacher was told to stop before it started")
     # Not `serve.run`: its wait has no deadline.
-    target = serve.RunTarget(_bind(config, ring), name=name, route_prefix=route_prefix)
+    target = serve.RunTarget(_bind(config, ring, weights), name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
     try:
-        _wait_until_healthy(name, url, config.start_timeout_s)
+        _wait_until_healthy(name, url, config.scoring.start_timeout_s, stopping)
     except TeacherFailed:
         serve.delete(name, _blocking=False)  # or it would be started again and again
         raise
@@ -222,13 +237,14 @@ def deploy_teacher(
     return url
 
 
-def _bind(config: TeacherConfig, ring: KeyRing) -> serve.Application:
+def _bind(config: TeachersConfig, ring: KeyRing, weights: WeightFeed | None) -> serve.Application:
     served = config.served
     if len(served) == 1:
         (only,) = served.values()
-        return _model(serve.ingress()(TeacherReplica), DEPLOYMENT, only, ring)
+        return _model(serve.ingress()(TeacherReplica), DEPLOYMENT, only, ring, weights)
     models = [
-        _model(TeacherReplica, f"{DEPLOYMENT}-{name}", one, ring) for name, one in served.items()
+        _model(TeacherReplica, f"{DEPLOYMENT}-{name}", one, ring, weights)
+        for name, one in served.items()
     ]
     held = _held(served.values())
     front = serve.deployment(
@@ -245,7 +261,11 @@ def _bind(config: TeacherConfig, ring: KeyRing) -> serve.Application:
 
 
 def _model(
-    replica: type[Any], deployment: str, config: TeacherModel, ring: KeyRing
+    replica: type[Any],
+    deployment: str,
+    config: TeacherConfig,
+    ring: KeyRing,
+    weights: WeightFeed | None,
 ) -> serve.Application:
     made = serve.deployment(
         replica,
@@ -263,7 +283,7 @@ def _model(
             "resources": config.resources.custom,
         },
     )
-    bound: serve.Application = made.bind(config, ring)
+    bound: serve.Application = made.bind(config, ring, weights)
     return bound
 
 
@@ -272,7 +292,7 @@ def stop_teacher(name: str) -> None:
     serve.delete(name)
 
 
-def _size(config: TeacherModel) -> dict[str, Any]:
+def _size(config: TeacherConfig) -> dict[str, Any]:
     """How many replicas there are, as options of a deployment."""
     scale = config.autoscale
     if scale is None:
@@ -290,20 +310,21 @@ def _size(config: TeacherModel) -> dict[str, Any]:
     }
 
 
-def _start_http(config: TeacherConfig) -> str:
+def _start_http(config: TeachersConfig) -> str:
     """Starts Serve's HTTP proxy, once a cluster, and returns its address."""
+    scoring = config.scoring
     running = _get_global_client(raise_if_no_controller_running=False)
     if running is not None:
         # Serve would ignore other options with no more than a warning. There is no public way
         # to ask where its proxy listens.
         host, port = running.http_config.host, running.http_config.port
-        if host != config.host or config.port not in (0, port):
+        if host != scoring.host or scoring.port not in (0, port):
             raise TeacherFailed(
                 f"Ray Serve already listens on {host}:{port} in this cluster and cannot also "
-                f"listen on {config.host}:{config.port}"
+                f"listen on {scoring.host}:{scoring.port}"
             )
     else:
-        host, port = config.host, config.port or _free_port(config.host)
+        host, port = scoring.host, scoring.port or free_port(scoring.host)
         try:
             serve.start(
                 proxy_location="HeadOnly",
@@ -320,14 +341,6 @@ def _start_http(config: TeacherConfig) -> str:
     return f"http://{_reachable(host)}:{port}"
 
 
-def _free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _reachable(host: str) -> str:
     """How workers, on this node or another, name the address that the proxy listens on."""
     if host in ("0.0.0.0", "::"):
@@ -338,7 +351,7 @@ def _reachable(host: str) -> str:
         return host
 
 
-def _wait_until_healthy(name: str, url: str, timeout_s: float) -> None:
+def _wait_until_healthy(name: str, url: str, timeout_s: float, stopping: threading.Event) -> None:
     """Waits until `/health` answers through the proxy, or Serve gives the application up."""
     started = time.monotonic()
     said = ["nothing"]
@@ -359,7 +372,8 @@ def _wait_until_healthy(name: str, url: str, timeout_s: float) -> None:
                 if answer.is_success:
                     return
                 said = [f"{url}/health answered {answer.status_code}: {answer.text[:300]}"]
-        time.sleep(_POLL_S)
+        if stopping.wait(_POLL_S):
+            raise TeacherFailed(f"the teacher at {url} was told to stop before it was healthy")
     raise TeacherFailed(
         f"the teacher at {url} was not healthy within {timeout_s:g} s; it last said: {_gist(said)}"
     )

@@ -11,9 +11,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from services import vllm_core
 from services.config import EngineConfig
-from teacher.config import TeacherModel
+from teacher.config import TeacherConfig
 from teacher.scorer import ScorerDied, ScoringError, check_starts
-from teacher.scores import InvalidLogProbs, TokenScores, valid_scores
+from teacher.scores import NO_MORE, InvalidLogProbs, More, TokenScores, valid_scores, with_more
 
 SECTION = "teacher.engine"  # of a run's config, for messages
 # For the scored tokens of one forward vLLM keeps all of the vocabulary's log-probs in float32:
@@ -21,7 +21,7 @@ SECTION = "teacher.engine"  # of a run's config, for messages
 _CHUNK_TOKENS = 2048
 
 
-def engine_args(config: TeacherModel, longest: int) -> AsyncEngineArgs:
+def engine_args(config: TeacherConfig, longest: int) -> AsyncEngineArgs:
     """What vLLM scores with, sequences of up to `longest` tokens.
 
     Raises:
@@ -32,6 +32,7 @@ def engine_args(config: TeacherModel, longest: int) -> AsyncEngineArgs:
         config.model,
         config.engine,
         SECTION,
+        resources=config.resources,
         fixed={
             "max_model_len": longest + 1,  # and the token that is generated
             # Cached blocks have no logits any more, so they could never be used.
@@ -45,7 +46,7 @@ def engine_args(config: TeacherModel, longest: int) -> AsyncEngineArgs:
     )
 
 
-def check(config: TeacherModel, longest: int) -> None:
+def check(config: TeacherConfig, longest: int) -> None:
     """See `teacher.scorer.check_scorer`."""
 
     def make(engine: EngineConfig) -> AsyncEngineArgs:
@@ -67,12 +68,16 @@ class VLLMScorer:
         services.models.ModelError: there is no such model.
     """
 
-    def __init__(self, config: TeacherModel, longest: int) -> None:
+    def __init__(self, config: TeacherConfig, longest: int) -> None:
         self._running = vllm_core.start(engine_args(config, longest), SECTION)
         self._llm = self._running.llm
 
     async def score(
-        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int = 0
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        top: int = 0,
+        more: More = NO_MORE,
     ) -> list[TokenScores]:
         """See `teacher.scorer.Scorer`.
 
@@ -83,8 +88,8 @@ class VLLMScorer:
         check_starts(sequences, starts)
         return await asyncio.gather(
             *(
-                self._score(place, ids, start, top)
-                for place, (ids, start) in enumerate(zip(sequences, starts, strict=True))
+                self._score(index, ids, start, top, more.of([index]))
+                for index, (ids, start) in enumerate(zip(sequences, starts, strict=True))
             )
         )
 
@@ -100,13 +105,16 @@ class VLLMScorer:
         await self._running.close()
 
     async def _score(
-        self, place: int, token_ids: Sequence[int], start: int, top: int
+        self, index: int, token_ids: Sequence[int], start: int, top: int, more: More
     ) -> TokenScores:
         if start == len(token_ids):
-            return TokenScores.empty(top)
-        ids, logprobs = await vllm_core.prompt_logprobs(self._llm, token_ids, top)
-        ids, logprobs = ids[start - 1 :], logprobs[start - 1 :]
+            return TokenScores.empty(top, more)
+        scored = await vllm_core.prompt_logprobs(
+            self._llm, token_ids, top, candidates=next(iter(more.candidates), None), start=start
+        )
+        ids, logprobs = scored.ids[start - 1 :], scored.logprobs[start - 1 :]
         try:
-            return valid_scores(logprobs[:, 0], len(logprobs), ids[:, 1:], logprobs[:, 1:], top)
+            made = valid_scores(logprobs[:, 0], len(logprobs), ids[:, 1:], logprobs[:, 1:], top)
+            return with_more(made, scored.candidates, (), more)
         except InvalidLogProbs as error:
-            raise ScoringError(place, error) from error
+            raise ScoringError(index, error) from error

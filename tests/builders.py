@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from services.pipeline import PIPELINE
+from services.stage import Connection
 from services.trajectory import (
     Outcome,
     Prompt,
@@ -22,6 +24,7 @@ from services.trajectory import (
     Verdict,
     VerifiedGroup,
 )
+from services.worker import Post
 
 VOCAB = 24
 CONTEXT = 256
@@ -77,6 +80,18 @@ def save_tiny(path: Path, seed: int = 0, *, vocab: int = VOCAB, **shape: Any) ->
     tiny_model(seed, vocab=vocab, **shape).save_pretrained(path)
     tiny_tokenizer(vocab).save_pretrained(path)
     return path
+
+
+def post(
+    connection: Connection,
+    step: str,
+    *,
+    capacity: int = 16,
+    lanes: tuple[str, ...] | None = None,
+) -> Post:
+    """The place of a worker that is run without Ray."""
+    row = PIPELINE[step]
+    return Post(connection, row, capacity, row.lanes if lanes is None else lanes, f"{step}-0")
 
 
 def prompt(order: int = 0, *, n: int = 2, ids: Sequence[int] = (2, 3, 4)) -> Prompt:

@@ -14,7 +14,10 @@ from typing import Any
 # The tests are small: more threads than one only fight with each other on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+# Ray's own default, 15, leaves its workers a twentieth of a processor that others want as well.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
+import httpx
 import pytest
 import pytest_asyncio
 
@@ -22,6 +25,11 @@ from services.config import StageConfig
 from services.redis_server import EmbeddedRedis, connect
 from services.stage import Connection
 from services.streams import Streams
+from tests.waiting import DEADLINE_S
+
+# httpx's own default gives a server five seconds.
+for phase in ("connect", "read", "write", "pool"):
+    setattr(httpx.Client.__init__.__kwdefaults__["timeout"], phase, DEADLINE_S)
 
 # Session fixtures that cost more than their tests, and the files whose tests share them.
 STARTED_ONCE = {
@@ -78,7 +86,9 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedR
 def connection(redis_server: EmbeddedRedis) -> Connection:
     """A run of its own on the session's Redis, with short leases."""
     return Connection(
-        redis_server.url, f"test-{uuid.uuid4().hex[:8]}", StageConfig(lease_s=0.4, patience_s=2.0)
+        redis_server.url,
+        f"test-{uuid.uuid4().hex[:8]}",
+        StageConfig(lease_s=2.0, patience_s=DEADLINE_S),
     )
 
 

@@ -10,18 +10,41 @@ from deploy.config import RunConfig, _keys_at
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("services", "rollout", "verifier", "teacher", "trainer", "deploy")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_every_source_file_has_its_line() -> None:
-    listed = set(re.findall(r"^\| `(\w+/\w+\.py)` \| \S", (ROOT / "README.md").read_text(), re.M))
+    page = (ROOT / "docs/architecture.md").read_text()
+    listed = re.findall(r"^\| `(\w+/[\w/]+\.py)` \| \S", page, re.M)
     there = {
         str(file.relative_to(ROOT))
         for room in ROOMS
         for file in (ROOT / room).rglob("*.py")
         if file.name != "__init__.py"
     }
-    assert listed == there
+    assert sorted(listed) == sorted(there)
+
+
+def test_the_files_of_a_room_stand_in_its_section() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    sections = re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+    assert [room for room, _ in sections if room in ROOMS] == [*ROOMS]
+    for room, section in sections:
+        assert set(re.findall(r"^\| `(\w+)/[\w/]+\.py`", section, re.M)) <= {room}
+
+
+def test_the_readme_is_a_page() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_no_line_of_a_table_is_wider_than_a_screen() -> None:
+    wide = [
+        f"{page.name}:{number} has {len(line)} characters"
+        for page in PAGES
+        for number, line in enumerate(page.read_text().splitlines(), start=1)
+        if line.startswith("|") and len(line) > 160
+    ]
+    assert wide == []
 
 
 def test_every_link_leads_somewhere() -> None:
@@ -41,7 +64,7 @@ def test_every_setting_that_a_page_names_exists() -> None:
     assert len(named) > 50
     for page, setting in sorted(named):
         *sections, key = setting.split(".")
-        assert "args" in sections or key in _keys_at(RunConfig, sections), f"{page}: {setting}"
+        assert "args" in sections or key in _keys_at(RunConfig, {}, sections), f"{page}: {setting}"
 
 
 def test_every_metric_that_a_page_names_is_recorded() -> None:

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 
+from services.errors import Unavailable
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,16 @@ State: TypeAlias = dict[str, Tensor]
 
 RANK_PREFIX = "rank."  # of names that belong to one rank: absent when there were fewer ranks
 _MARK = "state.json"
+_PINNED = StagingOptions(
+    use_pinned_memory=True,
+    use_shared_memory=False,
+    use_async_staging=False,
+    use_non_blocking_copy=True,
+)
 _UNUSABLE = (OSError, ValueError, KeyError, TypeError)
 
 
-class CheckpointFailed(RuntimeError):
+class CheckpointFailed(Unavailable):
     """A checkpoint could not be written; the message says why and which one is intact."""
 
 
@@ -116,11 +123,11 @@ def latest(storage: Storage) -> Checkpoint | None:
                 raise OSError("files are missing or cut short")
             progress = state["progress"]
             covered = [(start, end) for start, end in progress["covered"]]
-            found = Progress(progress["step"], progress["entries"], covered)
-            return Checkpoint(storage, name, found)
+            reached = Progress(progress["step"], progress["entries"], covered)
+            return Checkpoint(storage, name, reached)
         except _UNUSABLE as error:
             log.warning(
-                "checkpoint %s/%s cannot be used (%s): trying the one before",
+                "checkpoint %s/%s cannot be used (%s): trying the previous one",
                 storage.where, name, error,
             )  # fmt: skip
     return None
@@ -138,15 +145,7 @@ class Saver:
 
     def __init__(self, storage: Storage, *, keep_last: int, keep_every: int | None = None) -> None:
         self._storage, self._keep_last, self._keep_every = storage, keep_last, keep_every
-        cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=cuda,
-            )
-        )
+        self._stager = DefaultStager(_PINNED) if torch.cuda.is_available() else None
         self._group = _group()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
@@ -167,7 +166,7 @@ class Saver:
                 those that are kept for good.
         """
         assert self._saving is None, "the checkpoint before was not taken"
-        staged = cast(State, self._stager.stage(dict(state)))  # not a Future: it has blocked
+        staged = self._copy(state)
         for_good = self._keep_every is not None and progress.step % self._keep_every == 0
         writer = _Writer(
             self._storage, progress, keep=self._kept, model=model if for_good else None
@@ -196,7 +195,15 @@ class Saver:
     def close(self) -> None:
         """Ends the thread; waits for what it is writing."""
         self._thread.shutdown()
-        self._stager.close()
+        if self._stager:
+            self._stager.close()
+
+    def _copy(self, state: Mapping[str, Tensor]) -> State:
+        """On the CPU. Page-locked memory is dear to get, so the stager keeps it for the next save;
+        any other would stay three times the model's size for nothing, and goes with the save."""
+        if self._stager:
+            return cast(State, self._stager.stage(dict(state)))  # not a Future: it has blocked
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
 
     def _write(self, staged: State, writer: _Writer) -> None:
         try:
@@ -206,7 +213,7 @@ class Saver:
                 raise CheckpointFailed(_cause(error)) from error
             raise CheckpointFailed(
                 f"checkpoint {self._storage.where}/{writer.name} could not be written: "
-                f"{_cause(error)}; the newest whole one is {writer.abandon()}"
+                f"{_cause(error)}; the newest complete one is {writer.abandon()}"
             ) from error
 
     def _kept(self, steps: list[int]) -> set[int]:
@@ -258,7 +265,7 @@ class _Writer(FileSystemWriter):
         try:
             self._prune()
         except OSError as error:
-            log.warning("old checkpoints could not be taken away: %s", error)
+            log.warning("old checkpoints could not be deleted: %s", error)
 
     def abandon(self) -> str:
         """Makes room again after a failure, and says which checkpoint is the newest now."""

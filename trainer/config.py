@@ -2,64 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from services.config import Config, Resources
-
-OBJECTIVES = ("scope", "opd", "grpo", "rft", "kdrl", "kd")
-
-
-class ObjectiveConfig(Config):
-    """What is learned from a scored group. Names follow the authors' README; the defaults
-    follow the paper."""
-
-    kind: str = "scope"
-    """One of `OBJECTIVES`, or "package.module:name" of your own (docs/objectives.md)."""
-    tau: float = Field(default=1.0, gt=0)
-    """Temperature of both paths' weights: small sharpens, large flattens."""
-    use_dual_path_weighting: bool = True
-    """False: no routing by correctness; every trajectory takes the teacher path."""
-    use_seq_weights: bool = True
-    """False: uniform weights in both paths."""
-    use_student_path_weights: bool = True
-    use_teacher_path_weights: bool = True
-    student_path_ppl_positive: bool = True
-    """True: a correct trajectory that surprises the student weighs more."""
-    teacher_path_ppl_positive: bool = False
-    """False: an incorrect trajectory that surprises the teacher weighs less."""
-    normalization: Literal["paper", "released"] = "paper"
-    """Weights of a path sum to 1 (paper) or have mean 1 (the authors' released code)."""
-    kl_coef: float = Field(default=1.0, gt=0)
-    """Of kdrl: the weight of the reverse KL beside the group-normalised reward."""
-    log_ratio_bound: float | None = Field(default=None, gt=0)
-    """Bound in nats on |log π_T − log π_S| of one token; None follows the paper."""
-    divergence: Literal["sampled", "forward_kl", "reverse_kl", "jsd"] = "sampled"
-    """What pulls a trajectory towards the teacher: the sampled tokens' log-ratio (paper), or a
-    divergence over the teacher's `top_k` most likely tokens and all others together, which has
-    less noise and asks more of the teacher. `log_ratio_bound` is of the sampled one only."""
-    top_k: int = Field(default=32, ge=1)
-    is_ratio_cap: float = Field(default=2.0, gt=0)
-    """Truncation of the importance ratio ρ to the policy that sampled."""
-    aggregation: Literal["group", "token"] = "group"
-    """The loss is a mean over prompts (paper) or over the tokens that are trained."""
-
-    @property
-    def teacher_top(self) -> int:
-        """How many of the teacher's most likely tokens are needed at each place."""
-        return 0 if self.divergence == "sampled" else self.top_k
-
-    @field_validator("kind")
-    @classmethod
-    def _is_known(cls, kind: str) -> str:
-        if kind not in OBJECTIVES and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", kind):
-            raise ValueError(
-                f"must be one of {', '.join(OBJECTIVES)}, or package.module:name of your own, "
-                f"not {kind!r}"
-            )
-        return kind
+from trainer.objectives.config import ObjectiveConfig, ScopeConfig
 
 
 class OptimizerConfig(Config):
@@ -109,7 +57,7 @@ class LoraConfig(Config):
 class TrainerConfig(Config):
     """The learner: one Ray Train worker group."""
 
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: SerializeAsAny[ObjectiveConfig] = ScopeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ranks: int = Field(default=1, ge=1)
@@ -119,7 +67,8 @@ class TrainerConfig(Config):
     groups_per_step: int = Field(default=256, ge=1)
     """Prompts in one gradient step (the global batch)."""
     max_staleness: int = Field(default=1, ge=0)
-    """Weight versions that a trained group may be old; 0 is fully synchronous."""
+    """How many versions older than the weights that learn from it those may be that sampled a
+    token. 0 is fully synchronous."""
     max_steps: int | None = Field(default=None, ge=1)
     """Ends the run early; None trains every prompt of every epoch."""
     micro_batch_tokens: int = Field(default=16_384, ge=1)

@@ -17,18 +17,25 @@ from torch import Tensor
 
 Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd"]
 
-_SMALLEST_TAIL = 1e-8  # below what float32 can tell from 0 in a sum of 1
+# What float32 cannot tell from 0 in a sum of 1 is taken for this much. Less would make the tail's
+# gradient, which is divided by it, one of rounding errors.
+_SMALLEST_TAIL = 1e-6
+_NOWHERE = -100.0  # nats of a token that is on neither side: adds exactly nothing
 
 
 def divergence(student: Tensor, teacher: Tensor, kind: Divergence) -> Tensor:
     """[C] nats, differentiable in the student's log-probs.
 
     Args:
-        student, teacher: [C, k] log-probs of the same tokens, nats.
+        student: [C, k] log-probs of the teacher's tokens, nats.
+        teacher: [C, k] its own; −inf where the student has no such token (and its value is of any
+            other), so that the token is part of the tail.
         kind: KL(teacher ‖ student), KL(student ‖ teacher), or the mean of both sides' KL to
             their even mixture (Jensen-Shannon, at most log 2).
     """
-    log_s, log_t = _with_tail(student), _with_tail(teacher)
+    outside = teacher == -math.inf
+    log_s = _with_tail(student.masked_fill(outside, _NOWHERE))
+    log_t = _with_tail(teacher.masked_fill(outside, _NOWHERE))
     if kind == "forward_kl":
         return _kl(log_t, log_s)
     if kind == "reverse_kl":
@@ -37,11 +44,24 @@ def divergence(student: Tensor, teacher: Tensor, kind: Divergence) -> Tensor:
     return 0.5 * (_kl(log_s, mixture) + _kl(log_t, mixture))
 
 
+def entropy(teacher: Tensor) -> Tensor:
+    """[C] nats, of the distribution over the teacher's tokens and the tail. It is at most that over
+    the vocabulary: the tail counts as one outcome.
+
+    Args:
+        teacher: as `divergence` takes it.
+    """
+    log_t = _with_tail(teacher.masked_fill(teacher == -math.inf, _NOWHERE))
+    return -(log_t.exp() * log_t).sum(1)
+
+
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def _with_tail(logprobs: Tensor) -> Tensor:
-    """[C, k + 1]"""
-    rest = (1.0 - logprobs.exp().sum(1, keepdim=True)).clamp_min(_SMALLEST_TAIL)
-    return torch.cat([logprobs, rest.log()], 1)
+    """[C, k + 1]. A tail that is too small to be seen keeps its gradient: a student that is sure
+    of the `k` tokens must still be able to learn that the teacher is not."""
+    rest = 1.0 - logprobs.exp().sum(1, keepdim=True)
+    seen = rest + (rest.clamp_min(_SMALLEST_TAIL) - rest).detach()
+    return torch.cat([logprobs, seen.log()], 1)

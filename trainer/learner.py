@@ -15,22 +15,23 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from services.models import probe_tokens
 from services.packed import can_share, pack, token_logprobs
-from services.weights import Weights
+from services.weights import Weights, on_the_wire
 from trainer.batch import Batch, MicroBatch, fits, micro_batches, shares
 from trainer.checkpoint import RANK_PREFIX, State
-from trainer.config import OptimizerConfig, TrainerConfig
+from trainer.config import TrainerConfig
 from trainer.divergence import divergence
-from trainer.objectives import Coefficients, SequenceStats, entering, objective
+from trainer.objectives.base import Coefficients, SequenceStats, Tokens, entering
+from trainer.objectives.kinds import objective
+from trainer.optimizer import adamw, lr_factor
 from trainer.scope import effective_sample_size, relative_weights
 from trainer.student import Student
 
@@ -47,6 +48,8 @@ class Learner:
             is compared with the teacher is computed at 1.
         total_steps: where a cosine schedule ends.
         device: what computes; None takes where the model lies.
+        probe: the tokens that engines check each version by; None spreads them.
+        engine_dtype: what these compute in; `weights` gives matrices in it.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class Learner:
         temperature: float,
         total_steps: int | None = None,
         device: torch.device | None = None,
+        probe: Sequence[int] | None = None,
+        engine_dtype: str = "float32",
     ) -> None:
         self.model = model
         self._pair_cost = _pair_cost(model)
@@ -66,17 +71,25 @@ class Learner:
         self.config = config
         self.objective = objective(config.objective)
         self.step_number = 0
+        self._probe = probe_tokens(self.vocabulary) if probe is None else list(probe)
+        self._engine_dtype = engine_dtype
         self.coefficients: Coefficients  # of the last step
         self._temperatures = [1.0] if temperature == 1.0 else [1.0, temperature]
-        self._optimizer = _adamw(self.student.trained.values(), config.optimizer)
-        self._lr_factor = _lr_factor(config.optimizer, total_steps or math.inf)
+        self._optimizer = adamw(self.student.trained.values(), config.optimizer)
+        self._lr_factor = lr_factor(config.optimizer, total_steps or math.inf)
         self._rank = dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the student has rows for."""
+        size: int = self.model.config.get_text_config().vocab_size
+        return size
 
     # ------------------------------------------------------------------------------- the step
 
     def step(self, batch: Batch, clock: Clock | None = None) -> Metrics:
-        """One optimizer step on the global batch; every rank calls it with the same batch. The
-        phases that it went through are added to `clock`."""
+        """One optimizer step on the global batch, of which `batch` holds the sequences of this
+        rank's share (`shares`). The phases that it went through are added to `clock`."""
         clock = clock or Clock()
         sums, stats = self.backward(batch, clock)
         coefficients = self.objective.coefficients(stats, self.config.objective)
@@ -93,15 +106,16 @@ class Learner:
         self.step_number += 1
         clock.lap("optimizer")
         return {
-            **_loss_metrics(sums),
+            **_loss_metrics(sums.reduced()),
             **_path_metrics(stats, coefficients),
             "actor/grad_norm": norm,
             "actor/lr": lr,
         }
 
-    def backward(self, batch: Batch, clock: Clock) -> tuple[Tensor, SequenceStats]:
-        """Accumulates this rank's gradients of the loss. Returns the sums for the metrics,
-        reduced over ranks, and what the objective saw."""
+    def backward(self, batch: Batch, clock: Clock) -> tuple[TokenSums, SequenceStats]:
+        """Accumulates this rank's gradients of the loss. Returns the sums for the metrics, and
+        what the objective saw."""
+        assert not batch.groups or self.student.ranks == 1, "each rank is given its own part"
         trained = batch.correct | batch.incorrect  # the denominator's, also where A is 0
         together = self._together(batch)
         stats = self._stats(batch, together)
@@ -110,71 +124,85 @@ class Learner:
         denominator = (
             batch.group_count
             if self.config.objective.aggregation == "group"
-            else max(1, int(batch.lengths[trained].sum()))
+            else max(1, int(batch.sampled[trained].sum()))
         )
-        sums = torch.zeros(len(_SUMS), device=self.device)
+        sums = TokenSums()
         entering = self._entering(batch)
         # One at least: gradients are zeros then, as those of a loss of 0 are, and not absent.
         for micro, last in self._micro_batches(batch, entering, together, at_least=1):
             self.student.sums_at(last=last)
-            logprobs = self.student.forward(
-                token_logprobs, micro.pack, self._temperatures, micro.top_ids
-            )
+            # At temperature 1 the sampled tokens are compared with the teacher, and no more.
+            compared = len(self._temperatures) - 1 if micro.top_ids is None else 0
+            logprobs = self._logprobs(micro, self._temperatures, micro.top_ids, compared)
             if together.any():
                 own = self._mean_nll(batch, micro, _sampled(logprobs)[0].detach(), together)
                 stats = stats._replace(student_nll=stats.student_nll + own)
                 coefficients = self.objective.coefficients(stats, self.config.objective)
-            loss, part_sums = self._loss(micro, logprobs, coefficients)
+            loss, part_sums = self._loss(micro, logprobs, stats, coefficients)
             (loss / denominator).backward()  # type: ignore[no-untyped-call]
-            sums += part_sums
-        return _all_reduce(sums), stats
+            sums.add(part_sums)
+        return sums, stats
+
+    def _logprobs(
+        self,
+        micro: MicroBatch,
+        temperatures: Sequence[float],
+        top_ids: Tensor | None = None,
+        detached: int = 0,
+    ) -> Tensor:
+        """[K, C] or [K, C, 1 + k] log-probs of the sampled tokens at each temperature, and behind
+        them of `top_ids`. What the world said is read, and enters nothing."""
+        every = self.student.forward(token_logprobs, micro.pack, temperatures, top_ids, detached)
+        return every if micro.sampled is None else every.index_select(1, micro.sampled)
 
     def _loss(
-        self, micro: MicroBatch, every_logprob: Tensor, coefficients: Coefficients
-    ) -> tuple[Tensor, Tensor]:
-        """−Σ ρ_t A_t over one micro-batch, and its share of the metrics. With a divergence over
-        the teacher's most likely tokens, that stands in the place of the teacher's part of A: it
-        is an expectation over the student's next token, and so needs no ρ.
+        self,
+        micro: MicroBatch,
+        every_logprob: Tensor,
+        stats: SequenceStats,
+        coefficients: Coefficients,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """−Σ ρ_t A_t over one micro-batch, and its share of the metrics. A divergence over the
+        most likely tokens is an expectation over the student's next token, and so needs
+        no ρ.
 
         Truncating ρ caps the weight of a token, not its gradient's direction: the surrogate is
         min(ρ, cap) · A · (π / π detached), whose gradient is min(ρ, cap) · A · ∇ log π.
         """
+        config = self.config.objective
         logprobs = _sampled(every_logprob)
-        student, sampling = logprobs[0].detach(), logprobs[-1]  # [C] at 1, at the sampling one
+        sampling = logprobs[-1]  # [C] at the sampling temperature
         on_policy_data = self.objective.sampler == "student"
         behaviour = micro.behaviour if on_policy_data else sampling.detach()  # ρ = 1
         ratio = torch.exp(sampling.detach() - behaviour)
-        capped = ratio.clamp(max=self.config.objective.is_ratio_cap)
-        reinforce = coefficients.reinforce[micro.sequence]
-        distil = coefficients.distil[micro.sequence]
-        log_ratio = torch.where(distil != 0, micro.teacher - student, 0.0)
-        on_policy = torch.exp(sampling - sampling.detach())
-        mle = -capped * reinforce * on_policy
-        kind, bound = self.config.objective.divergence, self.config.objective.log_ratio_bound
-        if kind == "sampled" or micro.top_logprobs is None:
-            gap = -log_ratio
-            pull = log_ratio.clamp(-bound, bound) if bound else log_ratio
-            opd = -capped * distil * pull * on_policy
-        else:
-            gap = divergence(every_logprob[0, :, 1:], micro.top_logprobs, kind)
-            gap = torch.where(distil != 0, gap, 0.0)
-            opd = distil * gap
-        loss = (mle + opd).sum()
+        tokens = _tokens(micro, every_logprob.detach(), behaviour, stats, coefficients)
+        weight = -ratio.clamp(max=config.is_ratio_cap) * torch.exp(sampling - sampling.detach())
+        loss = weight * self.objective.advantage(tokens, config)
+        gap = -tokens.share
+        diverge = self.objective.divergence(tokens, config)
+        if (
+            diverge is not None
+            and config.divergence != "sampled"
+            and micro.top_logprobs is not None
+        ):
+            gap = divergence(every_logprob[0, :, 1:], micro.top_logprobs, config.divergence)
+            gap = torch.where(tokens.distil != 0, gap, 0.0)
+            loss = loss + diverge * gap
         with torch.no_grad():
-            sums = torch.stack(
-                [
-                    ratio.new_full((), float(len(ratio))),
-                    mle.sum(),
-                    opd.sum(),
-                    (reinforce != 0).sum(),
-                    (distil != 0).sum(),
-                    gap.sum(),
-                    ratio.sum(),
-                    (ratio > self.config.objective.is_ratio_cap).sum(),
-                    (sampling - behaviour).abs().sum(),
-                ]
-            )
-        return loss, sums
+            taught = tokens.distil != 0
+            mle = torch.where(taught, weight * tokens.reinforce, loss)
+            sums = {
+                "tokens": ratio.new_full((), float(len(ratio))),
+                "mle": mle.sum(),
+                "opd": (loss - mle).sum(),
+                "mle_tokens": (mle != 0).sum(),
+                "opd_tokens": taught.sum(),
+                "kl": gap.sum(),
+                "ratio": ratio.sum(),
+                "capped": (ratio > config.is_ratio_cap).sum(),
+                "logp_difference": (sampling - behaviour).abs().sum(),
+            }
+        return loss.sum(), sums
 
     # ---------------------------------------------------------------------- student perplexity
 
@@ -210,7 +238,7 @@ class Learner:
             return nll
         wanted = self._perplexity_wanted(batch) & ~together
         for micro, _ in self._micro_batches(batch, wanted):
-            logprobs = self.student.forward(token_logprobs, micro.pack, [1.0])[0]
+            logprobs = self._logprobs(micro, [1.0])[0]
             nll += self._mean_nll(batch, micro, logprobs, wanted)
         return _all_reduce(nll)
 
@@ -219,7 +247,7 @@ class Learner:
     ) -> Tensor:
         """[N] mean NLL of the correct members among the trajectories of a micro-batch."""
         nll = logprobs.new_zeros(len(batch.lengths)).index_add(0, micro.sequence, -logprobs)
-        mean = nll / batch.lengths.clamp_min(1).to(self.device)
+        mean = nll / batch.sampled.clamp_min(1).to(self.device)
         return torch.where((batch.correct & member).to(self.device), mean, 0.0)
 
     def _entering(self, batch: Batch) -> Tensor:
@@ -249,13 +277,17 @@ class Learner:
         """This rank's micro-batches of the members, and whether each is the last; filled up with
         idle ones when there are fewer than `at_least`, or when the ranks have to go together and
         another has more."""
-        mine = [i for i in self.shares(batch)[self._rank] if member[i]]
+        mine = [i for i in batch.sequences if member[i]]
         budget = self.config.micro_batch_tokens
         parts = micro_batches(batch, mine, budget, together, share=self._share)
         rounds = self.student.rounds(max(at_least, len(parts)))
         for number in range(rounds):
             part = parts[number] if number < len(parts) else []
-            made = MicroBatch.of(batch, part, self.device) if part else _idle(self.device)
+            made = (
+                MicroBatch.of(batch, part, self.device, vocabulary=self.vocabulary)
+                if part
+                else _idle(self.device)
+            )
             yield made, number == rounds - 1
 
     # -------------------------------------------------------------------------- in and out
@@ -263,15 +295,15 @@ class Learner:
     def weights(self) -> Weights | None:
         """This version of the student, with the probe that engines check it by. Every rank calls
         it; the first gets the weights, the others None."""
-        probe = probe_tokens(self.student.model.config.get_text_config().vocab_size)
+        probe = self._probe
         with torch.no_grad():
             packed = pack([probe], [1]).to(self.device)
-            logprobs = self.student.forward(token_logprobs, packed, [1.0])[0].tolist()
+            logprobs = self.student.forward(token_logprobs, packed, [1.0])[0].cpu().tolist()
         tensors = (tensor for _, tensor in self.student.tensors())
         if self._rank == 0:
-            return Weights.gather(
-                self.step_number, self.student.manifest(), tensors, probe, logprobs
-            )
+            sent = on_the_wire(self.student.manifest(), self._engine_dtype)
+            pinned = self.device.type == "cuda"
+            return Weights.gather(self.step_number, sent, tensors, probe, logprobs, pinned)
         deque(tensors, maxlen=0)  # takes its part in putting each together
         return None
 
@@ -308,14 +340,23 @@ class Learner:
         return moments
 
 
-# Sums over tokens that every rank collects, in this order.
-_SUMS = (
-    "tokens", "mle", "opd", "mle_tokens", "opd_tokens", "kl", "ratio", "capped", "logp_difference",
-)  # fmt: skip
+class TokenSums:
+    """Sums over tokens, by name: of a rank's micro-batches, then of all ranks."""
+
+    def __init__(self) -> None:
+        self._parts: list[Mapping[str, Tensor]] = []
+
+    def add(self, part: Mapping[str, Tensor]) -> None:
+        """Adds a micro-batch's, which has the names that all of them have."""
+        self._parts.append(part)
+
+    def reduced(self) -> Metrics:
+        """The sums over all ranks; each of them calls it, and has worked on one micro-batch."""
+        parts = torch.stack([torch.stack([*part.values()]) for part in self._parts])
+        return dict(zip(self._parts[0], _all_reduce(parts.sum(0)).tolist(), strict=True))
 
 
-def _loss_metrics(sums: Tensor) -> Metrics:
-    s = dict(zip(_SUMS, sums.tolist(), strict=True))
+def _loss_metrics(s: Metrics) -> Metrics:
     tokens = s["tokens"] or math.nan  # of no tokens there is no mean
     mle, opd = (max(1.0, s[n]) for n in ("mle_tokens", "opd_tokens"))
     return {
@@ -363,6 +404,32 @@ def _sampled(logprobs: Tensor) -> Tensor:
     return logprobs if logprobs.ndim == 2 else logprobs[..., 0]
 
 
+def _tokens(
+    micro: MicroBatch,
+    logprobs: Tensor,
+    behaviour: Tensor,
+    stats: SequenceStats,
+    coefficients: Coefficients,
+) -> Tokens:
+    """What the objective sees of a micro-batch."""
+    top = logprobs[0, :, 1:] if logprobs.ndim == 3 else None
+    return Tokens(
+        trajectory=micro.sequence,
+        student=_sampled(logprobs)[0],
+        teacher=micro.teacher,
+        behaviour=behaviour,
+        reinforce=coefficients.reinforce[micro.sequence],
+        distil=coefficients.distil[micro.sequence],
+        correct=stats.correct[micro.sequence],
+        incorrect=stats.incorrect[micro.sequence],
+        count=len(stats.group),
+        student_top=top,
+        teacher_top=micro.top_logprobs,
+        chunk=micro.chunk,
+        entropy=micro.entropy,
+    )
+
+
 def _several_correct(batch: Batch) -> Tensor:
     """[N] whose group has more correct trajectories than one: one alone weighs 1, whatever its
     perplexity."""
@@ -388,32 +455,6 @@ def _idle(device: torch.device) -> MicroBatch:
     """A forward that scores nothing, and whose gradients are zeros."""
     nothing = torch.zeros(0, device=device)
     return MicroBatch(pack([[0, 0]], [2]).to(device), nothing.long(), nothing, nothing)
-
-
-def _adamw(trained: Iterable[Tensor], config: OptimizerConfig) -> AdamW:
-    """AdamW that decays matrices only: decaying norms and biases has no meaning."""
-    parameters = list(trained)
-    return AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-    )
-
-
-def _lr_factor(config: OptimizerConfig, total_steps: float) -> Callable[[int], float]:
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        if config.schedule == "constant" or total_steps == math.inf:
-            return 1.0
-        span = max(1.0, total_steps - config.warmup_steps)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / span)))
-
-    return factor
 
 
 class Clock:

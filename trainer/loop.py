@@ -10,47 +10,38 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-import math
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
-import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayActorError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, get_context
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train import get_context
+from ray.train.torch import get_device
+from safetensors import SafetensorError
 
-from services.models import load_model, load_tokenizer, write_model
+from services.errors import Unavailable
+from services.models import load_model, load_tokenizer, probe_tokens, write_model
 from services.stage import Connection, totals
-from services.trajectory import ScoredGroup
-from services.weights import Weights
 from trainer.batch import Batch
 from trainer.checkpoint import Checkpoint, CheckpointFailed, Progress, Saver, latest, ranges
 from trainer.config import CheckpointConfig, TrainerConfig
+from trainer.group_metrics import group_metrics
 from trainer.learner import Clock, Learner, Metrics
 from trainer.lora import write_adapters
-from trainer.reader import Background, GroupReader
-from trainer.samples import due, is_mixed, samples
+from trainer.publisher import Publisher, Transfer, pusher
+from trainer.reader import GroupReader, LoopThread
+from trainer.samples import due, samples
 from trainer.storage import Storage
 from trainer.student import is_sharded
 
-if TYPE_CHECKING:
-    from services.weight_push import Pusher
-
 log = logging.getLogger(__name__)
-
-_PUBLISH_TIMEOUT_S = 300.0
-_PUBLISH_RETRY_S = 0.5
-_LOOK_AFTER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,8 @@ class LoopConfig:
     total_groups: int
     run_dir: Path
     weight_store: Any = field(repr=False)  # handle of services.weight_store.WeightStore
-    weight_transfer: Literal["auto", "store", "nccl", "ipc"] = "store"
+    weight_transfer: Transfer = "store"
+    engine_dtype: str = "float32"  # what all engines compute in that follow the weights
     seed: int = 0
 
     @property
@@ -80,6 +72,30 @@ def checkpoints_of(config: CheckpointConfig, run_dir: Path) -> Storage:
     return Storage(config.storage, below=run_dir.name)
 
 
+class ExportFailed(Unavailable):
+    """The student could not be written; it is in the last checkpoint."""
+
+
+@contextmanager
+def exporting(path: Path) -> Iterator[Path]:
+    """Where to write what is to stand at `path`, whole or not at all.
+
+    Raises:
+        ExportFailed: there is no room, or no access.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        yield unfinished
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.rename(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ExportFailed(
+            f"the student cannot be exported to {path}: {error}; it is in the last checkpoint"
+        ) from error
+
+
 def train_loop(config: LoopConfig) -> None:
     """Trains until every prompt of the run is trained or dead, then exports the student."""
     if config.trainer.torch_threads:
@@ -87,32 +103,36 @@ def train_loop(config: LoopConfig) -> None:
     torch.manual_seed(config.seed)
     rank = get_context().get_world_rank()
     storage = checkpoints_of(config.trainer.checkpoint, config.run_dir)
-    found = _from_first(latest(storage) if rank == 0 else None)
-    learner = _learner(config, found)
+    restored = _from_first(latest(storage) if rank == 0 else None)
+    learner = _learner(config, restored)
     saves = _Saves(learner, storage, config.trainer.checkpoint)
     if rank == 0:
-        _Leader(config, learner, saves).lead(found.progress if found else None)
+        _Leader(config, learner, saves).lead(restored.progress if restored else None)
     else:
         _follow(learner, saves)
     saves.close()
 
 
-def _learner(config: LoopConfig, found: Checkpoint | None) -> Learner:
+def _learner(config: LoopConfig, restored: Checkpoint | None) -> Learner:
     device = get_device()
     # A model that is to be sharded need not fit on the device as a whole.
     at = "cpu" if is_sharded(config.trainer, get_context().get_world_size()) else str(device)
+    model = load_model(config.student, dtype=config.trainer.dtype, device=at)
+    vocab_size = model.config.get_text_config().vocab_size
     learner = Learner(
-        load_model(config.student, dtype=config.trainer.dtype, device=at),
+        model,
         config.trainer,
         temperature=config.temperature,
         total_steps=-(-config.total_groups // config.trainer.groups_per_step),
         device=device,
+        probe=probe_tokens(vocab_size, load_tokenizer(config.student)),
+        engine_dtype=config.engine_dtype,
     )
-    if found:
+    if restored:
         state = learner.state()
-        found.load(state)
+        restored.load(state)
         learner.load_state(state)
-        log.info("continuing from %s", found)
+        log.info("continuing from %s", restored)
     return learner
 
 
@@ -138,20 +158,26 @@ class _Leader:
         self._learner = learner
         self._saves = saves
         self._tokenizer = load_tokenizer(config.student)
-        self._publisher = _Publisher(config.weight_store, _pusher(config))
+        store = config.weight_store
+        self._publisher = Publisher(store, pusher(store, config.weight_transfer))
         self._watch = LogpWatch(config.trainer.logp_difference_warning)
         self._clock = Clock()
         self._reader = GroupReader(
             config.connection,
             need=learner.objective.teacher,
-            top=config.trainer.objective.teacher_top,
+            top=config.trainer.objective.top_tokens,
+            entropy=config.trainer.objective.teacher_entropy,
+            vocabulary=learner.vocabulary,
             groups_per_step=config.trainer.groups_per_step,
+            max_staleness=(
+                config.trainer.max_staleness if learner.objective.sampler == "student" else None
+            ),
             total=config.total_groups,
             timeout_s=config.trainer.stall_timeout_s,
         )
 
     def lead(self, progress: Progress | None) -> None:
-        with Background() as runner:
+        with LoopThread() as runner:
             try:
                 runner.run(self._reader.start(progress))
                 self._publish()
@@ -162,31 +188,32 @@ class _Leader:
             finally:
                 runner.run(self._reader.close())
         self._publisher.wait()
-        self._model_writer()(self._config.export)
         adapters, settings = self._learner.student.adapters(), self._config.trainer.lora
-        if settings is not None:
-            path = self._config.export / "adapter"
-            write_adapters(path, adapters, settings, base=self._config.student)
+        with exporting(self._config.export) as path:
+            self._model_writer()(path)
+            if settings is not None:
+                write_adapters(path / "adapter", adapters, settings, base=self._config.student)
 
-    def _one_step(self, runner: Background) -> bool:
+    def _one_step(self, runner: LoopThread) -> bool:
         """One turn of the loop in the module's docstring; False when nothing is left."""
-        taken = runner.run(self._reader.next_step(self._publisher.look_after_store))
+        version = self._learner.step_number
+        taken = runner.run(self._reader.next_step(version, self._publisher.look_after_store))
         self._clock.lap("wait_groups")
         if not taken:
             _scattered([None] * self._learner.student.ranks)
             return False
-        version = self._learner.step_number
         batch = Batch.of([item.group for item in taken])
-        _scattered([batch.part(mine) for mine in self._learner.shares(batch)])
+        part = _scattered([batch.part(mine) for mine in self._learner.shares(batch)])
+        assert part is not None
         self._clock.lap("scatter")
-        metrics = self._learner.step(batch, self._clock)
+        metrics = self._learner.step(part, self._clock)
         metrics |= self._watch.see(metrics["sampling/logp_difference"])
         self._publish()
         orders = [group.prompt.order for group in batch.groups]
         claims = [item.claim for item in taken]
         runner.run(self._reader.trained(self._learner.step_number, claims, orders))
         shown = self._samples(batch)
-        runner.run(self._record(metrics | _group_metrics(batch.groups, version), shown))
+        runner.run(self._record(metrics | group_metrics(batch.groups, version), shown))
         self._clock.lap("record")
         # After the record, so that no step of the surviving history goes without one.
         if self._saves.due or self._saves.idle:
@@ -213,7 +240,7 @@ class _Leader:
             covered=ranges(self._reader.covered),
         )
 
-    def _settle(self, runner: Background, durable: Progress | None) -> None:
+    def _settle(self, runner: LoopThread, durable: Progress | None) -> None:
         """Acknowledges what a durable checkpoint contains."""
         if durable is not None:
             runner.run(self._reader.settle(durable.entries))
@@ -311,63 +338,6 @@ class _Saves:
         return done
 
 
-class _Publisher:
-    """Hands versions to the weight store beside the training, one at a time, and keeps the last,
-    because a store that was restarted must be given it again."""
-
-    def __init__(self, store: Any, pusher: Pusher | None) -> None:
-        self.published: Weights
-        self._store = store
-        self._pusher = pusher
-        self._thread = ThreadPoolExecutor(1, "publish")
-        self._handing_over: Future[None] | None = None
-        self._looked = time.monotonic()
-
-    def publish(self, weights: Weights) -> None:
-        """Begins to hand over; `wait` must have been called before."""
-        self.published = weights
-        self._handing_over = self._thread.submit(self._hand_over, weights)
-
-    def wait(self) -> None:
-        """Returns when the store owns what was published.
-
-        Raises:
-            RayActorError: the store did not come back.
-        """
-        if self._handing_over is not None:
-            self._handing_over.result()
-            self._handing_over = None
-
-    def look_after_store(self) -> None:
-        """Publishes again when the store was restarted: without weights nothing is sampled, and
-        without samples there would be no next step to publish after."""
-        if time.monotonic() - self._looked < _LOOK_AFTER_S:
-            return
-        self._looked = time.monotonic()
-        self.wait()
-        try:
-            held = ray.get(self._store.version.remote(), timeout=_LOOK_AFTER_S)
-        except (RayActorError, GetTimeoutError) as error:
-            log.warning("the weight store cannot be reached: %s", error)
-            return
-        if held is None:
-            self.publish(self.published)
-
-    def _hand_over(self, weights: Weights) -> None:
-        if self._pusher is not None:
-            weights = self._pusher.offer(weights)
-        deadline = time.monotonic() + _PUBLISH_TIMEOUT_S
-        while True:
-            done = self._store.publish.remote(weights.version, weights)
-            try:
-                ray.get(done, timeout=_PUBLISH_TIMEOUT_S)
-                return
-            except RayActorError:  # it is being restarted
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_PUBLISH_RETRY_S)
-
-
 class LogpWatch:
     """Warns when rollout's log-probs are not those that the learner computes, which makes ρ wrong:
     once, until they are within `limit` nats again."""
@@ -390,15 +360,6 @@ class LogpWatch:
         return {"sampling/logp_difference_high": float(high)}
 
 
-def _pusher(config: LoopConfig) -> Pusher | None:
-    """Who sends the weights to vLLM, where they do not go through the store."""
-    if config.weight_transfer not in ("nccl", "ipc"):
-        return None
-    from services.weight_push import Pusher, end_of  # vLLM, which is not installed everywhere
-
-    return Pusher(config.weight_store, get_device(), end_of(config.weight_transfer))
-
-
 T = TypeVar("T")
 
 
@@ -417,70 +378,3 @@ def _scattered(parts: list[Batch | None] | None) -> Batch | None:
     box: list[Batch | None] = [None]
     dist.scatter_object_list(box, parts, src=0)
     return box[0]
-
-
-def _group_metrics(groups: Sequence[ScoredGroup], version: int) -> Metrics:
-    """What can be said of a step before any mathematics."""
-    trajectories = [t for g in groups for t in g.rollout.trajectories]
-    outcomes = [v.outcome for g in groups for v in g.verified.verdicts]
-    count = len(trajectories)
-    lengths = np.array([len(t.token_ids) for t in trajectories])
-    incorrect = lengths[[outcome == "incorrect" for outcome in outcomes]]
-    known = [(g, _known_tokens(g)) for g in groups]
-    mixed = sum(tokens for g, tokens in known if is_mixed(g))
-    return {
-        "batch/groups": float(len(groups)),
-        # What GRPO learns from: of the tokens with a verdict, prompts included.
-        "batch/mixed_token_fraction": mixed / max(1, sum(tokens for _, tokens in known)),
-        "reward/accuracy": outcomes.count("correct") / count,
-        "scope/unknown_fraction": outcomes.count("unknown") / count,
-        "staleness/mean": float(np.mean([version - g.rollout.mean_weight_version for g in groups])),
-        "staleness/max": float(max(version - g.rollout.weight_version for g in groups)),
-        "prompt_length/mean": float(np.mean([len(g.rollout.prompt.token_ids) for g in groups])),
-        "response_length/mean": float(lengths.mean()),
-        "response_length/incorrect_mean": float(incorrect.mean()) if len(incorrect) else math.nan,
-        "response_length/max": float(lengths.max()),
-        "response_length/truncated_fraction": sum(t.finish == "length" for t in trajectories)
-        / count,
-        # Of the policy that sampled, estimated from what it sampled.
-        "actor/entropy": -float(np.mean(np.concatenate([t.logprobs for t in trajectories]))),
-        "teacher/scored_tokens": float(
-            sum(len(lp) for g in groups for lp in g.teacher_logprobs.values())
-        ),
-    }
-
-
-def _known_tokens(group: ScoredGroup) -> int:
-    """Prompt and completion tokens of the trajectories that are correct or incorrect."""
-    places, trajectories = (
-        group.verified.indices("correct", "incorrect"),
-        group.rollout.trajectories,
-    )
-    prompt = len(group.rollout.prompt.token_ids)
-    return sum(prompt + len(trajectories[place].token_ids) for place in places)
-
-
-def trainer(config: LoopConfig) -> Any:
-    """The Ray Train run of the learner: `config.trainer.ranks` workers, restarted from the last
-    checkpoint when one dies."""
-    resources = config.trainer.resources
-    return TorchTrainer(
-        # Not as train_loop_config: Ray Train shows that in its dashboard, passwords and all.
-        functools.partial(train_loop, config),
-        # Checkpoints and what is offloaded travel between CPUs, gradients between devices.
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.trainer.ranks,
-            use_gpu=resources.gpus > 0,
-            resources_per_worker={"CPU": resources.cpus}
-            | ({"GPU": resources.gpus} if resources.gpus else {})
-            | resources.custom,
-            placement_strategy="PACK",  # gradients are exchanged every step: the fewest nodes
-        ),
-        run_config=RunConfig(
-            name="learner",
-            storage_path=str((config.run_dir / "ray_train").resolve()),
-            failure_config=FailureConfig(max_failures=config.trainer.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )

@@ -23,13 +23,21 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> None:
     torch's seed, and changes nothing that the model computes.
 
     Raises:
-        ValueError: a target is not in the model, or is its output or its embedding.
+        ValueError: a target is not in the model, or is its output or its embedding; or peft puts
+            adapters around whole layers of experts, which nothing here merges.
     """
     import peft
 
     if refused := set(config.targets) & set(_TIED) if not isinstance(config.targets, str) else ():
         raise ValueError(f"trainer.lora.targets must not name {', '.join(sorted(refused))}")
+    before = {name for name, _ in model.named_parameters()}
     peft.inject_adapter_in_model(_peft_config(config), model)
+    after = {n.replace(_BASE, ".") for n, _ in model.named_parameters() if ".lora_" not in n}
+    if before != after:
+        raise ValueError(
+            "trainer.lora.targets: adapters of experts cannot be merged; name the attention's "
+            "layers, such as [q_proj, k_proj, v_proj, o_proj]"
+        )
 
 
 def merged(

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from services.trajectory import ScoredGroup
 from trainer.batch import Batch
-from trainer.objectives import Coefficients
+from trainer.objectives.base import Coefficients
 
 GROUPS = 2  # of a step
 MOST_TOKENS = 1024  # of a trajectory that are shown
@@ -30,9 +31,11 @@ def samples(
     """Some groups of the batch as plain JSON, those with both verdicts first.
 
     Each trajectory has its tokens as text, where the teacher scored it `log_ratio`, log π_T −
-    log π_S of each token in nats (π_S as it sampled), and how it was trained.
+    log π_S of each sampled token in nats (π_S as it sampled; of its chunk, where the teacher has
+    another tokenizer), and how it was trained. `heard` are the places of the tokens that the
+    environment wrote.
     """
-    places = sorted(range(len(batch.groups)), key=lambda i: (not is_mixed(batch.groups[i]), i))
+    indices = sorted(range(len(batch.groups)), key=lambda i: (not is_mixed(batch.groups[i]), i))
     starts = [0]
     for group in batch.groups:
         starts.append(starts[-1] + len(group.rollout.trajectories))
@@ -50,7 +53,7 @@ def samples(
                 tokenizer,
             ),
         }
-        for i in places[:GROUPS]
+        for i in indices[:GROUPS]
     ]
 
 
@@ -65,22 +68,37 @@ def _trajectories(
     distil: Sequence[float],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
-    found = []
-    for place, (trajectory, verdict) in enumerate(
+    samples = []
+    for index, (trajectory, verdict) in enumerate(
         zip(group.rollout.trajectories, group.verified.verdicts, strict=True)
     ):
-        teacher = group.teacher_logprobs.get(place)
-        ratio = None if teacher is None else (teacher - trajectory.logprobs)[:MOST_TOKENS]
-        found.append(
+        samples.append(
             {
                 "tokens": [tokenizer.decode([t]) for t in trajectory.token_ids[:MOST_TOKENS]],
                 "length": len(trajectory.token_ids),
-                "log_ratio": None if ratio is None else [round(float(x), 3) for x in ratio],
+                "log_ratio": _log_ratio(group, index),
+                "heard": np.flatnonzero(~trajectory.sampled[:MOST_TOKENS]).tolist(),
+                "turns": trajectory.episode.turns if trajectory.episode else 1,
+                "tool_errors": trajectory.episode.tool_errors if trajectory.episode else 0,
                 "outcome": verdict.outcome,
                 "reason": verdict.reason,
                 "finish": trajectory.finish,
-                "reinforce": reinforce[place],
-                "distil": distil[place],
+                "reinforce": reinforce[index],
+                "distil": distil[index],
             }
         )
-    return found
+    return samples
+
+
+def _log_ratio(group: ScoredGroup, index: int) -> list[float | None] | None:
+    """Of each token, or of the chunk that it belongs to; None where there is none."""
+    trajectory, teacher = group.rollout.trajectories[index], group.teacher_logprobs.get(index)
+    if teacher is None:
+        return None
+    ratio, known = teacher - trajectory.logprobs, trajectory.sampled
+    if (chunks := group.chunks.get(index)) is not None:
+        known = chunks >= 0
+        of_chunk = np.bincount(chunks.clip(0), np.where(known, ratio, 0.0))
+        ratio = of_chunk[chunks.clip(0)]
+    shown = zip(ratio[:MOST_TOKENS], known[:MOST_TOKENS], strict=True)
+    return [round(float(x), 3) if own else None for x, own in shown]

@@ -1,15 +1,12 @@
 """Where checkpoints lie: a directory of this machine or the network, or an object store by URL.
 
-Resolved as Ray Train resolves `RunConfig.storage_path`: a path, or a URL of what pyarrow knows
-(`s3://`, `gs://`, `abfs://`, `hdfs://`, `file://`), or else of what fsspec knows. Credentials come
-from where those libraries look for them, never from a config.
+Resolved by `services.files` as Ray Train resolves `RunConfig.storage_path`.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +15,8 @@ from typing import Any, cast
 
 from pyarrow import fs
 from torch.distributed.checkpoint.filesystem import FileSystemBase
+
+from services.files import resolve, without_keys
 
 _CHUNK = 64 << 20
 
@@ -34,7 +33,7 @@ class Storage:
     """
 
     def __init__(self, where: str | Path, below: str = "") -> None:
-        self._files, self._root = _resolve(str(where))
+        self._files, self._root = resolve(str(where))
         self.where = without_keys(str(where))
         """For people: without what a URL says of keys and endpoints."""
         if below:
@@ -49,13 +48,13 @@ class Storage:
 
     def sizes(self, directory: str) -> dict[str, int]:
         """Path below `directory` -> bytes, of every file in it."""
-        found = self._below(directory)
-        return {path: i.size for path, i in found.items() if i.type == fs.FileType.File}
+        files = self._below(directory)
+        return {path: i.size for path, i in files.items() if i.type == fs.FileType.File}
 
     def exists(self, path: str) -> bool:
         """Whether there is such a file or directory."""
-        found: bool = self._files.get_file_info(self._at(path)).type != fs.FileType.NotFound
-        return found
+        exists: bool = self._files.get_file_info(self._at(path)).type != fs.FileType.NotFound
+        return exists
 
     def read(self, path: str) -> bytes:
         """A whole file."""
@@ -71,9 +70,9 @@ class Storage:
     def fill(self, directory: str, make: Callable[[Path], None]) -> None:
         """Lets `make` write into `directory`, by way of a local one if it lies elsewhere."""
         if self.renames:
-            place = Path(self._at(directory))
-            place.mkdir(parents=True, exist_ok=True)
-            make(place)
+            target = Path(self._at(directory))
+            target.mkdir(parents=True, exist_ok=True)
+            make(target)
             return
         with tempfile.TemporaryDirectory() as local:
             make(Path(local))
@@ -110,11 +109,6 @@ class Storage:
         return {info.path[start:]: info for info in self._files.get_file_info(where)}
 
 
-def without_keys(where: str) -> str:
-    """A path or URL for people: without what a URL says of keys and endpoints."""
-    return re.sub("//[^/]*@", "//", where.partition("?")[0]).rstrip("/")
-
-
 class _Files(FileSystemBase):
     """pyarrow's file system behind torch's interface."""
 
@@ -123,12 +117,12 @@ class _Files(FileSystemBase):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        place = self._at(str(path))
+        target = self._at(str(path))
         if mode == "rb":
-            with self._files.open_input_file(place) as stream:
+            with self._files.open_input_file(target) as stream:
                 yield cast(io.IOBase, stream)
             return
-        with self._files.open_output_stream(place) as stream:
+        with self._files.open_output_stream(target) as stream:
             try:
                 yield cast(io.IOBase, stream)
             except RuntimeError as error:  # torch's zip writer, which hides what the disk said
@@ -136,7 +130,7 @@ class _Files(FileSystemBase):
                     raise error.__context__ from error
                 raise
         if self._durable:
-            _sync(Path(place))
+            _sync(Path(target))
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         return f"{path}/{suffix}"
@@ -155,24 +149,11 @@ class _Files(FileSystemBase):
         return True
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
-        found: bool = self._files.get_file_info(self._at(str(path))).type != fs.FileType.NotFound
-        return found
+        exists: bool = self._files.get_file_info(self._at(str(path))).type != fs.FileType.NotFound
+        return exists
 
     def rm_file(self, path: str | os.PathLike[str]) -> None:
         self._files.delete_file(self._at(str(path)))
-
-
-def _resolve(where: str) -> tuple[Any, str]:
-    if "://" not in where:
-        return fs.LocalFileSystem(), str(Path(where).expanduser().absolute())
-    try:
-        files, root = fs.FileSystem.from_uri(where)
-    except ValueError:  # a scheme that only fsspec knows
-        import fsspec
-
-        made, root = fsspec.core.url_to_fs(where)
-        files = fs.PyFileSystem(fs.FSSpecHandler(made))
-    return files, root.rstrip("/")
 
 
 def _sync(path: Path) -> None:

@@ -6,7 +6,10 @@ full tensors to publish. Whoever runs a forward here does so on all ranks, equal
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,12 +25,16 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from services.packed import prepare
+from services.layouts import proven
+from services.packed import Pack, prepare
 from services.weights import Manifest, manifest
 from trainer import lora
 from trainer.config import TrainerConfig
+
+_ROUTER = re.compile(r"(Router|Gating|MoE\w*Gate)$")  # what transformers calls their classes
 
 
 class Student:
@@ -45,12 +52,17 @@ class Student:
         if config.lora:
             lora.attach(model, config.lora)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            keeping = {"context_fn": _keeping_attention} if device.type == "cuda" else {}
+            model.gradient_checkpointing_enable({"use_reentrant": False, **keeping})
         # transformers recomputes activations in training mode only. Dropout stays off in both:
         # ρ and the log-ratio compare with models that have none (packed attention refuses it).
         model.train(config.gradient_checkpointing or bool(config.lora and config.lora.dropout))
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.sharded = is_sharded(config, self.ranks)
+        _check_dropout(model)
+        if "bfloat16" in (config.autocast, config.dtype):
+            for router in routers(model):
+                _in_float32(router)
         if self.sharded:
             _shard(model, config, device, self.ranks)
         self._autocast = config.autocast == "bfloat16" and not self.sharded
@@ -60,18 +72,21 @@ class Student:
 
     # ------------------------------------------------------------------ forward and backward
 
-    def forward(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """`function(model, *arguments)` with the parameters whole and in the precision that is
-        computed in."""
+    def forward(self, function: Callable[..., Tensor], pack: Pack, *arguments: Any) -> Tensor:
+        """`function(model, pack, *arguments)` with the parameters whole and in the precision that
+        is computed in."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             if not self.sharded:
-                return function(self.model, *arguments)
+                return function(self.model, pack, *arguments)
+            if proven(self.model).layout == "rows":  # which runs the layers once a bucket
+                buckets = pack.buckets.filled_up(self.rounds(len(pack.buckets.indices)))
+                pack = replace(pack, buckets=buckets)
             run: Callable[..., Tensor] = self.model.run_sharded  # type: ignore[assignment]
-            return run(function, *arguments)
+            return run(function, pack, *arguments)
 
     def rounds(self, mine: int) -> int:
-        """How many forwards all must make, when this rank has work for `mine`: a sharded model
-        is put together anew in each, so the ranks have to go together."""
+        """How often all must run the layers, when this rank has work for `mine` times: a sharded
+        model is put together anew each time, so the ranks have to go together."""
         if not self.sharded or self.ranks == 1:
             return mine
         most = torch.tensor(mine, device=self.device)
@@ -126,6 +141,57 @@ class Student:
             return lora.adapters(self._parameters, _full) if self._lora else {}
 
 
+def _keeping_attention() -> Any:
+    """Of a layer that is computed again in the backward pass, all but attention: what it gives is
+    small beside what it costs for long answers."""
+
+    def policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+        kept = operator.name() == "torch_attn::_varlen_attn"
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+
+
+def _check_dropout(model: PreTrainedModel) -> None:
+    """Refuses what the layout `rows` would do wrong in silence, with the model's own attention."""
+    family, text = model.config.model_type, model.config.get_text_config()
+    rows = proven(model).layout == "rows"
+    if rows and model.training and getattr(text, "attention_dropout", None):
+        raise ValueError(
+            f"{family} models run in rows, with their own attention: gradient checkpointing and "
+            "LoRA dropout need attention_dropout 0 in the model's config.json"
+        )
+
+
+def routers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """What chooses the experts of each token, in every layer of a mixture of experts."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if _ROUTER.search(type(module).__name__) or name.endswith(".router")
+    ]
+
+
+def _in_float32(router: torch.nn.Module) -> None:
+    """Lets a router compute in float32 whatever the rest computes in, as it was trained: in 16 bits
+    near ties fall to other experts. What it gives has the precision of what it is given."""
+    own = router.float().forward
+
+    @wraps(own)
+    def forward(hidden: Tensor, *rest: Any) -> Any:
+        with torch.autocast(hidden.device.type, enabled=False):
+            given = own(hidden.float(), *rest)
+        return _like(given, hidden.dtype)
+
+    router.forward = forward
+
+
+def _like(given: Any, dtype: torch.dtype) -> Any:
+    if isinstance(given, tuple):
+        return tuple(_like(one, dtype) for one in given)
+    return given.to(dtype) if isinstance(given, Tensor) and given.is_floating_point() else given
+
+
 def is_sharded(config: TrainerConfig, ranks: int) -> bool:
     """Whether the model is to be sharded."""
     return config.offload or (config.parallel == "fsdp" and ranks > 1)
@@ -138,18 +204,22 @@ def _shard(model: PreTrainedModel, config: TrainerConfig, device: torch.device, 
     FSDP puts its hooks around is a method of ours, inside which all of that happens.
     """
     compute = torch.bfloat16 if config.autocast == "bfloat16" else None
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    own = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (ranks,)),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
         "offload_policy": (
             CPUOffloadPolicy(pin_memory=device.type == "cuda")
             if config.offload
             else OffloadPolicy()
         ),
     }
-    layers: Any = model.base_model.layers
-    for module in [*layers, model]:
-        sharded = fully_shard(module, **settings)
+    apart = routers(model) if compute else []  # in the precision of their own
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    for module in [*apart, *reversed(layers), model]:
+        policy = own if module in apart else precision
+        sharded = fully_shard(module, mp_policy=policy, **settings)
         sharded.set_gradient_divide_factor(1.0)  # every denominator is in the loss: a sum
         sharded.set_force_sum_reduction_for_comms(True)
 

@@ -1,4 +1,4 @@
-r"""Is a program right? It runs in sandboxes (`verifier.confined`); the verdict is found here.
+r"""Is a program right? It runs in sandboxes (`services.sandbox`); the verdict is found here.
 
     stdin/stdout   each case's input ──▶ fresh sandbox ──▶ what it printed == what was expected
     calls          sandbox ◀─arguments, value─▶ value == what was expected
@@ -24,25 +24,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import secrets
+import textwrap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any, Self, TypeAlias
 
-from services.stage import Unavailable
+from services.errors import Unavailable
+from services.sandbox.confined import Limit, Limits, NotStarted, Sandbox, Sandboxed, Starved
+from services.sandbox.inside import decode, encode
+from services.sandbox.levels import prepare
 from services.trajectory import Verdict
-from verifier.bubblewrap import Bubblewrap
 from verifier.cache import VerdictCache
+from verifier.code_text import program, same_output, same_value
 from verifier.config import CodeConfig
-from verifier.confined import Limit, Limits, NotStarted, Sandbox, Sandboxed, Starved
-from verifier.inside import decode, encode
-from verifier.landlock import Landlock
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
-_PYTHON = frozenset({"", "py", "python", "python3"})
+_MAX_SOURCE = 1 << 20  # characters
 _REASON_CHARS = 200
 _QUICK_S = 2.0  # on the clock; what takes longer leaves its place to others
 _PROGRAMS_PER_SLOW = 4
@@ -86,8 +85,16 @@ class CodeJudge:
         SandboxRefused: (from `start`) code cannot be confined here.
     """
 
-    def __init__(self, sandbox: Sandbox, config: CodeConfig, cached_verdicts: int) -> None:
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        config: CodeConfig,
+        cached_verdicts: int,
+        *,
+        thinking: bool = False,
+    ) -> None:
         self._sandbox = sandbox
+        self._thinking = thinking
         self._cache = VerdictCache(cached_verdicts)
         self._waiting = self._slow_programs = 0
         self._free = asyncio.Semaphore(config.programs)
@@ -100,10 +107,12 @@ class CodeJudge:
         )
 
     @classmethod
-    async def start(cls, config: CodeConfig, *, cached_verdicts: int = 0) -> Self:
-        """Proves that programs can be confined here, or raises."""
-        level = Bubblewrap if config.sandbox == "bubblewrap" else Landlock
-        return cls(await level.prepare(config.python), config, cached_verdicts)
+    async def start(
+        cls, config: CodeConfig, *, cached_verdicts: int = 0, thinking: bool = False
+    ) -> Self:
+        """Proves that programs can be confined here, or raises. `thinking` is that of `program`."""
+        sandbox = await prepare(config.sandbox, config.python)
+        return cls(sandbox, config, cached_verdicts, thinking=thinking)
 
     async def judge(self, completion: str, reference: str) -> Verdict:
         """The verdict on the last block of Python code in `completion`.
@@ -113,20 +122,23 @@ class CodeJudge:
         program that the machine had no processor or memory for (see `Starved`).
 
         Raises:
-            SandboxRefused: see `Sandbox.open`.
+            SandboxRefused: see `Sandbox.start`.
             Unavailable: a sandbox cannot be made now.
         """
         try:
             tests, limits = read_reference(reference, self._limits)
         except BadReference as error:
             return Verdict("unknown", f"the reference cannot be read: {error}")
-        source = program(completion)
+        source = program(completion, thinking=self._thinking)
         if not source.strip():
             return Verdict("incorrect", "no program found")
+        if len(source) > _MAX_SOURCE:
+            return Verdict("incorrect", "the program is too long")
+        source = source.encode(errors="replace").decode()  # half a character is none
         verdict = self._cache.get(source, reference)
         if verdict is None:
             try:
-                async with self._place():
+                async with self._slot():
                     verdict = await self._run(source, tests, limits)
             except Starved as starved:
                 return Verdict("unknown", f"the program {starved}")
@@ -146,7 +158,7 @@ class CodeJudge:
         return self._slow_programs
 
     @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
+    async def _slot(self) -> AsyncIterator[None]:
         """A place for one program. One that takes long gives it back, and goes on in a place for
         the slow as soon as one is free, so that slow ones never fill all places."""
         self._waiting += 1
@@ -185,8 +197,8 @@ class CodeJudge:
 
     async def _judge_printed(self, source: str, tests: Printed, limits: Limits) -> Verdict:
         for number, (given, expected) in enumerate(tests.cases, 1):
-            async with self._sandbox.open(limits, "program", source) as running:
-                printed, how = await running.within(_run(running, given.encode()))
+            async with self._sandbox.start(limits, "program", source) as running:
+                printed, how = await running.within(_run(running, given.encode(errors="replace")))
             if how:
                 return Verdict("incorrect", f"case {number}: the program {how}")
             if not same_output(printed.decode(errors="replace"), expected):
@@ -194,26 +206,29 @@ class CodeJudge:
         return Verdict("correct", f"passed {len(tests.cases)} cases")
 
     async def _judge_returned(self, source: str, tests: Returned, limits: Limits) -> Verdict:
-        async with self._sandbox.open(limits, "calls", source) as running:
+        async with self._sandbox.start(limits, "calls", source) as running:
             for number, (arguments, accepted) in enumerate(tests.cases, 1):
                 try:
                     called = _call(running, tests.function, encode(arguments), encode({}))
-                    value = _plain(await running.within(called))
+                    reply = await running.within(called)
                 except EOFError:
                     how = await running.within(running.end()) or "ended before it answered"
                     return Verdict("incorrect", f"case {number}: the program {how}")
+                if "raised" in reply:
+                    return Verdict("incorrect", f"case {number}: the program {_said(reply)}")
+                value = _plain(reply["value"])
                 if not any(same_value(value, expected) for expected in accepted):
                     return Verdict("incorrect", f"case {number}: the value differs")
         return Verdict("correct", f"passed {len(tests.cases)} cases")
 
     async def _judge_asserted(self, source: str, tests: Asserted, limits: Limits) -> Verdict:
-        if tests.entry_point is not None and f"def {tests.entry_point}" not in source:
-            source = tests.prompt + source  # the completion went on from where the prompt ended
+        if tests.entry_point is not None:
+            source = _completed(source, tests.prompt, tests.entry_point)
         entry = () if tests.entry_point is None else (tests.entry_point,)
         calls = 0
         async with (
-            self._sandbox.open(limits, "calls", source) as running,
-            self._sandbox.open(limits, "tests", tests.tests, *entry) as examiner,
+            self._sandbox.start(limits, "calls", source) as running,
+            self._sandbox.start(limits, "tests", tests.tests, *entry) as examiner,
         ):
             while True:
                 try:
@@ -224,20 +239,49 @@ class CodeJudge:
                     return _failed(calls, str(limit))
                 if "passed" in question:
                     return _passed(calls)
+                if "failed" in question:
+                    return _raised(calls, question)
+                if "unsupported" in question:
+                    return Verdict("unknown", f"the tests pass what {question['unsupported']}")
                 calls += 1
                 try:
                     name, given = str(question["call"]), question["args"]
                     called = _call(running, name, given, question["kwargs"])
-                    await examiner.send({"value": await running.within(called)})
+                    await examiner.send(await running.within(called))
                 except EOFError:
                     how = await running.within(running.end()) or "ended before it answered"
                     return Verdict("incorrect", f"call {calls}: the program {how}")
+
+
+def _completed(source: str, prompt: str, entry_point: str) -> str:
+    """The program with what stands in the prompt alone: helpers, or where its function begins."""
+    start = f"def {entry_point}"
+    if start in source or "def " not in prompt:
+        helpers, defined, _ = prompt.rpartition(start)
+        ahead = "from __future__" in source or not defined
+        return source if ahead else f"{helpers.rstrip()}\n\n{source}"
+    body = source if source[:1].isspace() else textwrap.indent(source, "    ")
+    return f"{prompt.rstrip()}\n{body}"
+
+
+def _said(reply: dict[str, Any]) -> str:
+    raised = ": ".join(filter(None, reply["raised"]))
+    return f"failed ({raised})"[:_REASON_CHARS]
 
 
 def _passed(calls: int) -> Verdict:
     if not calls:
         return Verdict("unknown", "the tests never called the program")
     return Verdict("correct", f"passed the tests, in {calls} calls")
+
+
+def _raised(calls: int, question: dict[str, Any]) -> Verdict:
+    """An exception in the tests is the program's fault if it raised it or if it gave a wrong
+    value, but no value makes a name or a module unknown."""
+    how = f"failed ({question['failed']})"
+    if question["by_program"]:
+        return Verdict("incorrect", f"call {calls}: the program {how}")
+    return _failed(0 if question["at_fault"] else calls, how)
 
 
 def _failed(calls: int, how: str) -> Verdict:
@@ -264,18 +308,20 @@ async def _run(running: Sandboxed, given: bytes) -> tuple[bytes, str]:
         writing.cancel()
 
 
-async def _call(running: Sandboxed, function: str, args: Any, kwargs: Any) -> Any:
-    """The encoded value of one call.
+async def _call(running: Sandboxed, function: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    """What one call came to: {"value": encoded}, or {"raised": [name, message]}.
 
     The nonce is new in each call, so nothing that was written before the question was asked can
     be taken for its answer.
     """
     nonce = secrets.token_hex(16)
     await running.send({"nonce": nonce, "call": function, "args": args, "kwargs": kwargs})
-    reply = await running.receive()
-    if reply.get("nonce") != nonce or "value" not in reply:
-        raise Limit("answered what was not asked")
-    return reply["value"]
+    match await running.receive():
+        case {"nonce": str(echoed), "value": value} if echoed == nonce:
+            return {"value": value}
+        case {"nonce": str(echoed), "raised": [str(kind), str(message)]} if echoed == nonce:
+            return {"raised": [kind, message]}
+    raise Limit("answered what was not asked")
 
 
 def _plain(value: Any) -> Any:
@@ -283,49 +329,6 @@ def _plain(value: Any) -> Any:
         return decode(value)
     except (TypeError, ValueError, KeyError, RecursionError):
         raise Limit("returned what is not plain data") from None
-
-
-def program(completion: str) -> str:
-    """The last fenced block of Python in `completion`, or all of it if nothing is fenced."""
-    blocks = [code for language, code in _FENCE.findall(completion) if language in _PYTHON]
-    if blocks:
-        return str(blocks[-1])
-    return "" if "```" in completion else completion
-
-
-def same_output(printed: str, expected: str) -> bool:
-    """Line by line, as LiveCodeBench does: equal text, or numbers that are equal one by one."""
-    ours = [line.strip() for line in printed.strip().split("\n")]
-    theirs = [line.strip() for line in expected.strip().split("\n")]
-    return len(ours) == len(theirs) and all(
-        a == b or _same_numbers(a, b) for a, b in zip(ours, theirs, strict=True)
-    )
-
-
-def _same_numbers(a: str, b: str) -> bool:
-    ours, theirs = a.split(), b.split()
-    if len(ours) != len(theirs):
-        return False
-    try:
-        return all(x == y or Decimal(x) == Decimal(y) for x, y in zip(ours, theirs, strict=True))
-    except InvalidOperation:
-        return False
-
-
-def same_value(value: Any, expected: Any) -> bool:
-    """Equal as JSON is: a tuple is a list, but True is not 1."""
-    if isinstance(value, tuple):
-        value = list(value)
-    if isinstance(value, bool) != isinstance(expected, bool):
-        return False
-    if isinstance(value, list) and isinstance(expected, list):
-        return len(value) == len(expected) and all(map(same_value, value, expected))
-    if isinstance(value, dict) and isinstance(expected, dict):
-        keyed = {str(key): item for key, item in value.items()}  # JSON has no other keys
-        return keyed.keys() == expected.keys() and all(
-            same_value(item, expected[key]) for key, item in keyed.items()
-        )
-    return bool(value == expected)
 
 
 # ------------------------------------------------------------------------------- references
@@ -338,37 +341,44 @@ def read_reference(reference: str, most: Limits) -> tuple[Tests, Limits]:
         BadReference: it is in no form that is known here.
     """
     try:
-        found = json.loads(reference)
-    except ValueError:
+        fields = json.loads(reference, parse_int=_integer)
+    except (ValueError, RecursionError):
         raise BadReference("it is not JSON") from None
-    if isinstance(found, list):
-        found = {"cases": found}
-    if not isinstance(found, dict):
+    if isinstance(fields, list):
+        fields = {"cases": fields}
+    if not isinstance(fields, dict):
         raise BadReference("it is neither an object nor a list")
     try:
         limits = replace(
             most,
-            time_s=min(float(found.get("time_limit") or most.time_s), most.time_s),
-            memory_bytes=min(int(found.get("memory_limit") or 1 << 30) << 20, most.memory_bytes),
+            time_s=min(float(fields.get("time_limit") or most.time_s), most.time_s),
+            memory_bytes=min(int(fields.get("memory_limit") or 1 << 30) << 20, most.memory_bytes),
         )
-        return _tests(found), limits
-    except (KeyError, TypeError, ValueError) as error:
+        return _tests(fields), limits
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise BadReference(f"{type(error).__name__}: {error}"[:_REASON_CHARS]) from None
 
 
-def _tests(found: dict[str, Any]) -> Tests:
-    if "test" in found:
-        return Asserted(found["test"], found["entry_point"], found.get("prompt", ""))
-    if "test_list" in found:
-        setup = found.get("test_setup_code", "")
-        return Asserted("\n".join([setup, *found["test_list"]]), None, "")
-    function = found.get("fn_name") or found.get("func_name")
-    if "cases" in found:
-        if any(case.get("testtype") == "functional" for case in found["cases"]) and not function:
-            function = found["cases"][0]["fn_name"]
-        pairs = [(case["input"], case["output"]) for case in found["cases"]]
+def _integer(digits: str) -> int:
+    """An integer of any length: `int` reads 4,300 digits only."""
+    return int(Decimal(digits))
+
+
+def _tests(fields: dict[str, Any]) -> Tests:
+    if "test" in fields:
+        return Asserted(fields["test"], fields["entry_point"], fields.get("prompt", ""))
+    if "test_list" in fields:
+        setup = fields.get("test_setup_code", "")
+        return Asserted("\n".join([setup, *fields["test_list"]]), None, "")
+    function = _function(fields)
+    if "cases" in fields:
+        if any(case.get("testtype") == "functional" for case in fields["cases"]) and not function:
+            function = next(filter(None, map(_function, fields["cases"])), None)
+            if function is None:
+                raise ValueError("no case names the function")
+        pairs = [(case["input"], case["output"]) for case in fields["cases"]]
     else:
-        pairs = list(zip(found["inputs"], found["outputs"], strict=True))
+        pairs = list(zip(fields["inputs"], fields["outputs"], strict=True))
     if not pairs:
         raise ValueError("there are no cases")
     if function:
@@ -376,18 +386,30 @@ def _tests(found: dict[str, Any]) -> Tests:
     return Printed(tuple((_text(given), _text(expected)) for given, expected in pairs))
 
 
+def _function(fields: dict[str, Any]) -> str | None:
+    """The function that is called, wherever its name stands."""
+    metadata = fields.get("metadata") or {}
+    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    names = (fields.get("fn_name"), fields.get("func_name"), metadata.get("func_name"))
+    return next((str(name) for name in names if name), None)
+
+
 def _returned(given: Any, expected: Any) -> tuple[list[Any], tuple[Any, ...]]:
     """Arguments and accepted values, from either text (LiveCodeBench: one argument a line, as
     JSON) or data (APPS: a list of arguments; the value may stand in a list of one)."""
     if isinstance(given, str):
-        arguments = [json.loads(line) for line in given.splitlines() if line.strip()]
+        arguments = [_json(line) for line in given.splitlines() if line.strip()]
     else:
         arguments = list(given)
     if isinstance(expected, str) and isinstance(given, str):
-        return arguments, (json.loads(expected),)
+        return arguments, (_json(expected),)
     if isinstance(expected, list) and len(expected) == 1:
         return arguments, (expected, expected[0])
     return arguments, (expected,)
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, parse_int=_integer)
 
 
 def _text(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from services.config import Config, Resources
+from services.config import Config, WorkersConfig
 
 # "package.module:function" is a domain of its own, see docs/verifier.md.
 Kind: TypeAlias = Annotated[str, Field(pattern=r"^(exact|math|code|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")]
@@ -35,11 +35,9 @@ class CodeConfig(Config):
     """A program that prints more, in MiB, is killed."""
 
 
-class VerifierConfig(Config):
+class VerifierConfig(WorkersConfig):
     """Who judges the trajectories, and within which limits."""
 
-    workers: int = Field(default=1, ge=1)
-    resources: Resources = Resources()
     capacity: int = Field(default=4, ge=1)
     """Groups that one worker holds at once."""
     kind: Kind = "math"
@@ -49,6 +47,12 @@ class VerifierConfig(Config):
     """Another kind for some data sources: `data_source: kind`."""
     answer_from: AnswerFrom = "boxed"
     r"""For `math`: the last `\boxed{}`, what follows the last `####`, or the last line."""
+    answer_in_thinking: bool = False
+    """For `math` and `code`: whether what stands before `</think>`, or in thinking that has not
+    ended, is read as well. A completion without these tags is read as a whole."""
+    require_evaluated: bool = True
+    """For `math`: an integral, a sum, a limit or the like where the reference has none is the task
+    handed back, and incorrect."""
     answer_marker: str | None = Field(default=None, min_length=1)
     """For `exact`: what follows the last marker is the answer; None takes the whole text."""
     overlong: Overlong = "incorrect"
@@ -59,9 +63,9 @@ class VerifierConfig(Config):
     """A judge that takes longer for one trajectory is killed. Whatever takes longer than a second
     goes on in a judge that is kept for the slow."""
     cached_verdicts: int = Field(default=65_536, ge=0)
-    """How many verdicts one worker remembers, by answer and reference."""
+    """How many verdicts one worker remembers, by completion and reference."""
     memory_mb: int = Field(default=1024, ge=256)
-    """Address space of one judge, in MiB. Sympy alone takes up about 100 of them."""
+    """Address space of one judge, in MiB."""
 
     code: CodeConfig = CodeConfig()
 

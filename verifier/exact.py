@@ -19,8 +19,8 @@ def judge(completion: str, reference: str, marker: str | None = None) -> Verdict
     if marker is None:
         answer = completion
     else:
-        _, found, answer = completion.rpartition(marker)
-        if not found:
+        _, marked, answer = completion.rpartition(marker)
+        if not marked:
             return Verdict("incorrect", "no answer found")
     answer = answer.strip()
     if not answer:

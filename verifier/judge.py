@@ -1,9 +1,9 @@
 """The process that judges untrusted text: confined first, then one job after another.
 
-Started by `verifier.sandbox` as `python -m verifier.judge SETUP`. Standard input is a socket. Each
-frame on it is a length (4 bytes, big endian) and that many bytes of JSON:
+Started by `verifier.judge_pool` as `python -m verifier.judge SETUP`. Standard input is a socket.
+Each frame on it is a length (4 bytes, big endian) and that many bytes of JSON:
 
-    in   {"kind": …, "text": …, "reference": …}    text: the completion, or the answer from it
+    in   {"kind": …, "text": …, "reference": …}    text: the completion
     out  {"ready": true} once, then {"outcome": …, "reason": …} or {"fault": …} for each job
 
 A fault, and any other end of a job, is this process's end too: the parent kills it and starts
@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
-from verifier.inside import LENGTH_BYTES, frame
+from services.sandbox.inside import LENGTH_BYTES, frame
 
 if TYPE_CHECKING:
     from services.trajectory import Verdict
@@ -37,27 +37,19 @@ Judge: TypeAlias = "Callable[[str, str], Verdict]"
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _OPEN_FILES = 64
 _LOG_BYTES = 64 * 1024  # all that may be written to a file: standard error, a traceback
-# The parser learns its grammar as it meets it, and a first meeting takes a tenth of a second.
-_WARM_UP = (
-    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
-    ("x^2 > 1", r"(1, 2] \cup \{3\}"),
-    (r"e^{-x^2/2}", r"2\pi i"),
-    (r"\sin(x) + \cos^2 x - \tan(2y)", r"-\ln(1-y)"),
-    (r"f(x) = \frac{ax + b}{cx - d}", r"a^{n-1}(b + cn)"),
-    (r"\alpha + \beta_1 \cdot x_2", "|z|^2"),
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What a judge is told when it starts. `parent` is the process id that it must not outlive,
-    `cpu_s` are seconds of a processor for one job."""
+    `cpu_s` are seconds of a processor for one job, `options` the named arguments of the judges of
+    our own, by kind."""
 
     parent: int
     memory_mb: int
     cpu_s: float
     kinds: tuple[str, ...]
-    answer_marker: str | None
+    options: dict[str, dict[str, Any]]
 
 
 def main() -> None:
@@ -66,7 +58,7 @@ def main() -> None:
     _confine(setup)
     jobs, replies = _take_socket()
     logging.disable()  # libraries log what they read; standard error is for this one's end
-    judges = {kind: _load(kind, setup.answer_marker) for kind in setup.kinds}
+    judges = {kind: _load(kind, setup.options.get(kind, {})) for kind in setup.kinds}
     _send(replies, {"ready": True})
     while header := jobs.read(LENGTH_BYTES):
         _allow(setup.cpu_s)
@@ -117,21 +109,19 @@ def _take_socket() -> tuple[BinaryIO, BinaryIO]:
     return jobs, replies
 
 
-def _load(kind: str, answer_marker: str | None) -> Judge:
-    """Imports one kind of judge and warms it up, which no job's deadline shall pay for."""
+def _load(kind: str, options: dict[str, Any]) -> Judge:
+    """Imports one kind of judge."""
     if kind == "exact":
         from verifier import exact
 
-        return functools.partial(exact.judge, marker=answer_marker)
+        return functools.partial(exact.judge, **options)
     if kind == "math":
         from verifier import math_answer
 
-        for answer, reference in _WARM_UP:
-            math_answer.compare(answer, reference)
-        return math_answer.compare
+        return functools.partial(math_answer.judge, **options)
     module, _, function = kind.partition(":")
-    found: Judge = getattr(importlib.import_module(module), function)
-    return found
+    own: Judge = getattr(importlib.import_module(module), function)
+    return own
 
 
 def _send(replies: BinaryIO, message: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """All that a config can judge, behind one call: who judges a data source, and where.
 
-data_source ──▶ kind ─▶ code: sandboxes of `verifier.confined`, one for each program
-                     └▶ exact, math, "module:function": judge processes of `verifier.sandbox`
+data_source ──▶ kind ─▶ code: sandboxes of `services.sandbox`, one for each program
+                     └▶ exact, math, "module:function": judge processes of `verifier.judge_pool`
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Self
 from services.trajectory import Verdict
 from verifier.code_tests import CodeJudge
 from verifier.config import VerifierConfig
-from verifier.sandbox import JudgePool
+from verifier.judge_pool import JudgePool
 
 
 class Judges:
@@ -33,7 +33,11 @@ class Judges:
     async def __aenter__(self) -> Self:
         config = self._config
         if "code" in config.used_kinds:
-            self._code = await CodeJudge.start(config.code, cached_verdicts=config.cached_verdicts)
+            self._code = await CodeJudge.start(
+                config.code,
+                cached_verdicts=config.cached_verdicts,
+                thinking=config.answer_in_thinking,
+            )
         if kinds := config.used_kinds - {"code"}:
             pool = JudgePool(
                 kinds,
@@ -42,6 +46,8 @@ class Judges:
                 memory_mb=config.memory_mb,
                 answer_marker=config.answer_marker,
                 answer_from=config.answer_from,
+                answer_in_thinking=config.answer_in_thinking,
+                require_evaluated=config.require_evaluated,
                 cached_verdicts=config.cached_verdicts,
             )
             self._pool = await self._resources.enter_async_context(pool)

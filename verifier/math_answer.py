@@ -1,78 +1,56 @@
-r"""Is the answer mathematically equal to the reference? Structure by us, formulas by math-verify.
+r"""Is the answer mathematically equal to the reference?
 
     list, set ── as a whole, in any order ─┐
-    tuple, interval ── in order ───────────┼─▶ leaf: word, choice, unit, number ─▶ math-verify
-    union ── as a whole, in any order ─────┘
+    tuple, interval ── in order ───────────┤
+    word, choice, date, name ── as such ───┼─▶ leaf: value with a unit ─▶ formulas (`math_value`)
+    equation, inequality ── both sides ────┤
+    sets of numbers ── (`math_sets`) ──────┘
 
-math-verify compares formulas well, and structure loosely: to it (1, 2) is 1, 2 and {1, 2}, the
-list 1, 1, 2 is 1, 2, 2, "on" is "No", and 5 cm is 5 m. So only what has no structure left gets
-there. Plain numbers do not, nor formulas that a look at their values tells apart
-(`verifier.math_value`), because sympy takes milliseconds for what that does at once.
-
-For judge processes only (`verifier.judge`). The library imports sympy, and both evaluate what
-the student wrote: `9^{9^{9}}` takes all the time or memory there is. Its own time-outs are
-switched off, because they need SIGALRM and cannot interrupt a long multiplication anyway; the
-sandbox's deadline can.
+docs/equality.md has the decisions in a table. For judge processes only (`verifier.judge`): work is
+counted, but memory and time are theirs to keep.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Sequence
 from functools import lru_cache
-from math import isfinite
-from typing import Any
-
-from latex2sympy2_extended.math_normalization import NormalizationConfig
-from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Derivative, Expr, I, Integral, Limit, Product, Rational, Sum
+from itertools import product
 
 from services.trajectory import Verdict
-from verifier import math_text, math_value
+from verifier import math_text, math_words
 from verifier.config import AnswerFrom
-from verifier.math_text import LIST, MAX_CHARS, UNION, Group, Measure
+from verifier.math_parts import Undecided, labelled, matched, same_part, same_sets
+from verifier.math_text import LIST, MAX_CHARS, plain
 
-# What sympy raises on operands that it cannot compare. Not MemoryError: that ends the judge.
-_INCOMPARABLE = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RecursionError,
-    TypeError,
-    ValueError,
+_TASKS = re.compile(
+    r"\\(?:int|iint|oint|sum|prod|lim|limsup|liminf|gcd|lcm|max|min|det|sup|inf)(?![a-zA-Z])"
+    r"|\\text\s*\{\s*(?:gcd|lcm|max|min)\s*\}\s*[({\\]|\\begin\{vmatrix\}"
 )
-_LATEX = (
-    LatexExtractionConfig(
-        boxed_match_priority=0,
-        # Units are ours: the library's take the variable off 4t.
-        normalization_config=NormalizationConfig(
-            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
-        ),
-    ),
-)
-_LAZY = (Sum, Product, Integral, Limit, Derivative)  # to evaluate one may take for ever
-_INFINITE = {r"\infty", r"+\infty", r"-\infty"}
-_MARGIN = 1e-4  # relative
-_ROUNDING = Fraction(1, 10**6)  # relative; what a decimal may lack against an exact reference
 
 
-class Undecided(ValueError):
-    """The reference cannot be read, or sympy cannot compare it. The message says which."""
-
-
-def judge(completion: str, reference: str, answer_from: AnswerFrom = "boxed") -> Verdict:
+def judge(
+    completion: str,
+    reference: str,
+    answer_from: AnswerFrom = "boxed",
+    *,
+    require_evaluated: bool = True,
+    answer_in_thinking: bool = False,
+) -> Verdict:
     """Compares the completion's answer with `reference` (LaTeX or plain, boxed or not)."""
-    answer = math_text.extract(completion, answer_from)
-    return compare(answer, reference) if answer else math_text.NO_ANSWER
+    answer = math_text.extract(completion, answer_from, thinking=answer_in_thinking)
+    if not answer:
+        return math_text.NO_ANSWER
+    return compare(answer, reference, require_evaluated=require_evaluated)
 
 
-def compare(written: str, reference: str) -> Verdict:
+@lru_cache(maxsize=4096)  # students repeat themselves: most of a group's answers are the same
+def compare(written: str, reference: str, *, require_evaluated: bool = True) -> Verdict:
     """Compares an answer that was taken from its completion with `reference`.
 
     An answer that cannot be read is incorrect. A reference that cannot be read leaves every
-    answer but its own text `unknown`, as does a comparison that sympy cannot finish.
+    answer but its own text `unknown`. With `require_evaluated`, an integral, a sum or the like is
+    incorrect where the reference has none: it is the task, handed back.
     """
     if len(written) > MAX_CHARS:
         return Verdict("incorrect", "the answer is too long")
@@ -83,225 +61,173 @@ def compare(written: str, reference: str) -> Verdict:
         same = _same_answer(answer, expected)
     except Undecided as reason:
         return Verdict("unknown", str(reason))
-    if same:
-        return Verdict("correct", "equals the reference")
-    return Verdict("incorrect", "differs from the reference")
+    except _BEYOND as error:
+        return _at_fault(expected, type(error).__name__)
+    if not same:
+        return Verdict("incorrect", "differs from the reference")
+    if require_evaluated and _hands_back(answer, expected):
+        return Verdict("incorrect", "is not evaluated")
+    return Verdict("correct", "equals the reference")
+
+
+# What odd formulas bring about by arithmetic or depth. Not MemoryError: that ends the judge.
+_BEYOND = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def _at_fault(expected: str, error: str) -> Verdict:
+    """Whose fault it is that two texts cannot be compared: the reference's if it cannot be compared
+    with anything."""
+    try:
+        _same_answer("0", expected)
+    except (Undecided, *_BEYOND):
+        return Verdict("unknown", f"the comparison failed: {error}")
+    return Verdict("incorrect", f"the answer cannot be compared: {error}")
+
+
+def _hands_back(answer: str, gold: str) -> bool:
+    ends = [math_text.chain(part)[0][-1] for part in math_text.split(answer, LIST)]
+    return any(set(_TASKS.findall(end)) - set(_TASKS.findall(gold)) for end in ends)
 
 
 def _reference(reference: str) -> str:
+    reference = reference[: 4 * MAX_CHARS]
     return (
-        math_text.extract(reference, "boxed") or math_text.extract(reference, "hashes") or reference
+        math_text.extract(reference, "boxed", thinking=True)
+        or math_text.extract(reference, "hashes", thinking=True)
+        or reference
     )
 
 
 def _same_answer(answer: str, gold: str) -> bool:
-    if math_text.plain(answer) == math_text.plain(gold):
+    if plain(answer) == plain(gold):
         return True
-    if (
-        len(gold_choice := re.sub(r"\\text|[{}(). ]", "", gold)) == 1
-        and gold_choice in "ABCDEFGHIJ"
-    ):
-        return math_text.choice(answer) == gold_choice
-    golds, answers = _members(gold), _members(answer)
+    letters = [_choices(text) or _run(text) for text in (answer, gold)]
+    if letters[0] and letters[0] == letters[1] and (_choices(answer) or _choices(gold)):
+        return True
+    if _choices(gold) is not None:
+        said = re.sub(r"^\(?[A-J]\)\s*", "", re.sub(r"\\text\{(.*?)\}", r"\1", gold))
+        return len(plain(gold)) > 3 and said not in (gold, "") and _same_answer(answer, said)
+    undecided: Undecided | None = None
+    as_answer = math_text.readings(_opened(answer), decimal_comma=True)
+    # A list of two for a reference is no decimal, unless the answer is one with the same digits.
+    as_gold = math_text.readings(_opened(gold), decimal_comma=bool(_DECIMAL.search(answer)))
+    for a, b in product(as_answer, as_gold):
+        try:
+            if _same_list(a, b):
+                return True
+        except Undecided as reason:
+            undecided = reason
+    if undecided:
+        raise undecided
+    return False
+
+
+def _opened(text: str) -> str:
+    """Without an introduction, and without the \\text around all of it."""
+    inside = math_words.unwrapped(math_words.without_introduction(text))
+    return math_text.normalise(math_words.without_introduction(inside))
+
+
+def _choices(text: str) -> frozenset[str] | None:
+    """The letters of one or more choices that all of a text is."""
+    if letter := math_words.choice(text):
+        return frozenset(letter)
+    bare = re.sub(r"\\(?:text|mathrm)|[{}]", "", text)
+    parts = math_text.split(bare, frozenset({",", ";", "and"}))
+    letters = [math_words.choice(part) for part in parts]
+    return frozenset(filter(None, letters)) if len(parts) > 1 and all(letters) else None
+
+
+def _run(text: str) -> frozenset[str] | None:
+    """The letters of BD or (B)(D), in the order of the alphabet; a product may look so."""
+    bare = re.sub(r"\\(?:text|mathrm)|[{}()\s]", "", text)
+    ordered = re.fullmatch("[A-J]{2,}", bare) and "".join(sorted(set(bare))) == bare
+    return frozenset(bare) if ordered else None
+
+
+def _same_list(answer: str, gold: str) -> bool:
+    if (same := same_sets(answer, gold)) is not None:
+        return same
+    domains = {m[2] for text in (answer, gold) if (m := _WHOLE.search(plain(text)))}
+    if len(domains) > 1:
+        return False
+    golds, answers = _members(gold), _members(_renamed(answer, gold))
     if len(golds) == len(answers) == 1:
-        return _same_part(answers[0], golds[0])
-    return _matched(answers, golds, _same_part)
+        return same_part(answers[0], golds[0])
+    if _pointwise(answers, golds) or _pointwise(golds, answers):
+        return True
+    if len(golds) > 1 and _joined_by(answer, "or") != _joined_by(gold, "or"):
+        relations = [math_text.chain(part)[1] for part in (*answers, *golds)]
+        if any(relation not in ([], ["="], [r"\approx"], [r"\equiv"]) for relation in relations):
+            return False  # x < 1 and x > 3 is not x < 1 or x > 3
+        if all(len(part) == 1 and part.isalpha() for part in golds):
+            return False  # p and q is not p or q
+    return matched(answers, golds, same_part)
+
+
+def _joined_by(text: str, word: str) -> bool:
+    return len(math_text.split(text, frozenset({word}))) > 1
+
+
+def _pointwise(points: Sequence[str], golds: Sequence[str]) -> bool:
+    """Whether the one of `points` is (1, 2), and `golds` are x = 1, y = 2."""
+    matched = math_text.group(labelled(points[0])[1]) if len(points) == 1 else None
+    named = [labelled(gold) for gold in golds]
+    names = [plain(label) for label, _ in named if label]
+    if not matched or matched.opening != "(" or len(set(names)) < len(golds) < 2:
+        return False
+    if names != sorted(names) or len(names) < len(golds) or len(matched.parts) != len(golds):
+        return False
+    return all(same_part(a, value) for a, (_, value) in zip(matched.parts, named, strict=True))
+
+
+def _renamed(answer: str, gold: str) -> str:
+    r"""The answer with the reference's name for what runs through the whole numbers in both, as n
+    does in `n\\pi, n\\in\\mathbb{Z}`: it has no name of its own."""
+    ours, theirs = (_WHOLE.search(plain(text)) for text in (answer, gold))
+    if not ours or not theirs or re.search(rf"(?<![a-zA-Z\\]){theirs[1]}(?![a-zA-Z])", answer):
+        return answer
+    return re.sub(rf"(?<![a-zA-Z\\]){ours[1]}(?![a-zA-Z])", theirs[1], answer)
 
 
 def _members(text: str) -> list[str]:
-    r"""The members of a list or a set; `\pm` stands for two of them."""
-    found = math_text.group(text)
-    if found and (found.opening, found.closing) == (r"\{", r"\}"):
-        parts: Sequence[str] = found.parts
+    r"""The members of a list or a set; \pm stands for two of them."""
+    matched = math_text.group(text)
+    if matched and matched.opening == r"\{" and matched.parts not in ((), (r"\emptyset",)):
+        parts: Sequence[str] = matched.parts
     else:
+        text = re.sub(r"^([^=,]*)(?:=|\\in)\s*\\\{(.*)\\\}$", r"\2", text)
         parts = math_text.split(text, LIST) or [text]
-    members: list[str] = []
-    for part in parts:
-        if r"\pm" in part:
-            members.append(part.replace(r"\pm", "+").replace(r"\mp", "-"))
-            members.append(part.replace(r"\pm", "-").replace(r"\mp", "+"))
-        else:
-            members.append(part)
-    return members
+    parts = [part for part in parts if not _DOMAIN.fullmatch(plain(part))] or parts
+    parts = [_BUILDER.sub("", part) for part in parts]
+    label = labelled(parts[0])[0] if len(parts) > 1 else None
+    if label and not any(math_text.chain(part)[1] for part in parts[1:]):
+        parts = [labelled(parts[0])[1], *parts[1:]]  # n = 1, 2, 3
+    return [member for part in parts for member in _signs(part)]
 
 
-def _matched(
-    answers: Sequence[str], golds: Sequence[str], same: Callable[[str, str], bool]
-) -> bool:
-    """Whether each of `golds` has an answer of its own, whatever the order, and none is left."""
-    if len(answers) != len(golds):
-        return False
-    left = list(answers)
-    undecided: Undecided | None = None
-    for gold in golds:
-        for place, answer in enumerate(left):
-            try:
-                if same(answer, gold):
-                    del left[place]
-                    break
-            except Undecided as reason:
-                undecided = reason
-        else:
-            if undecided is None:
-                return False
-    if undecided is not None and left:
-        raise undecided
-    return True
-
-
-def _same_part(answer: str, gold: str) -> bool:
-    """One member of a list against another: anything but a list."""
-    if math_text.plain(answer) == math_text.plain(gold):
-        return True
-    gold_word, word = math_text.word(gold), math_text.word(answer)
-    if gold_word is not None:
-        return word == gold_word
-    answer, gold = _unlabelled(answer, gold)
-    answer_group, gold_group = math_text.group(answer), math_text.group(gold)
-    if gold_group and answer_group and max(len(gold_group.parts), len(answer_group.parts)) > 1:
-        return _same_group(answer_group, gold_group)
-    for several, one in ((answer_group, gold), (gold_group, answer)):
-        if several and len(several.parts) > 1 and not _SET.search(one):
-            return False
-    unions = math_text.split(answer, UNION), math_text.split(gold, UNION)
-    if len(unions[0]) == len(unions[1]) > 1:
-        return _matched(*unions, _same_part)
-    return _same_measure(math_text.measure(answer), math_text.measure(gold), answer, gold)
-
-
-# What an interval may be written as, other than in brackets.
-_SET = re.compile(r"[<>=]|\\(?:leq|geq|lt|gt|neq?|in|cup|cap|setminus|mathbb|R|text)(?![a-zA-Z])")
-
-
-def _same_group(answer: Group, gold: Group) -> bool:
-    """A tuple or an interval: the same brackets, the same parts in the same order."""
-    if (answer.opening, answer.closing) != (gold.opening, gold.closing):
-        return False
-    if gold.opening == r"\{":
-        return _matched(answer.parts, gold.parts, _same_part)
-    if len(answer.parts) != len(gold.parts):
-        return False
-    return all(map(_same_part, answer.parts, gold.parts))
-
-
-_LABEL = re.compile(
-    r"(?P<label>\\?[a-zA-Z]+(?:\s*\{[^{}=]*\})?(?:_\w|_\{[^{}=]*\}|')*\s*(?:\([^()=]*\))?|\([^()=]*\))"
-    r"\s*(?:=|\\in(?![a-z]))(?P<rest>[^=<>]+)"
+_DECIMAL = re.compile(r"\d\.\d")
+_DOMAIN = re.compile(
+    r"(?:\\text\{(?:where|for|with)\})?\\?[a-zA-Z](?:_\w)?\\in\\mathbb\{?[A-Z]\}?(?:\^[*+])?"
 )
+_BUILDER = re.compile(r"(?:\\mid|\||:)\s*[a-zA-Z]\s*\\in\s*\\mathbb\{[A-Z]\}$")
+_WHOLE = re.compile(
+    r"(?:(?<![a-zA-Z\\])|(?<=\\mid))([a-zA-Z])\\in\\mathbb\{?([NZ]\}?(?:[\^_]\{?\S)?)(?![a-zA-Z])"
+)
+_SIGNED = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])")
 
 
-def _unlabelled(answer: str, gold: str) -> tuple[str, str]:
-    """Both without "x =" in front, or as they are if they name different things."""
-    labels = _LABEL.fullmatch(answer), _LABEL.fullmatch(gold)
-    names = {math_text.plain(found["label"]) for found in labels if found}
-    if len(names) != 1:
-        return answer, gold
-    a, b = (
-        found["rest"].strip() if found else text
-        for found, text in zip(labels, (answer, gold), strict=True)
-    )
-    return a, b
-
-
-def _same_measure(a: Measure | None, b: Measure | None, answer: str, gold: str) -> bool:
-    """A unit that only one names is taken for granted; two that differ must convert."""
-    if a is None or b is None:
-        value, other = (a.value if a else answer), (b.value if b else gold)
-        if _same_formula(value, other):
-            return True
-        dimensions = {m.dimension for m in (a, b) if m}
-        if "%^1" in dimensions:
-            hundredth = r"\frac{{{}}}{{100}}"
-        elif "degrees^1" in dimensions and r"\pi" in answer + gold:
-            hundredth = r"\frac{{({})\pi}}{{180}}"
-        else:
-            return False
-        value = hundredth.format(value) if a else value
-        return _same_formula(value, hundredth.format(other) if b else other)
-    if a.dimension != b.dimension:
-        return False
-    if a.factor == b.factor:
-        return _same_formula(a.value, b.value)
-    ours, theirs = math_text.number(a.value), math_text.number(b.value)
-    return bool(ours and theirs and ours.value * a.factor == theirs.value * b.factor)
-
-
-def _same_formula(answer: str, gold: str) -> bool:
-    if math_text.plain(answer) == math_text.plain(gold):
-        return True
-    a, b = math_text.number(answer), math_text.number(gold)
-    if a and b:
-        if not (a.decimal or b.decimal):
-            return a.value == b.value
-        return abs(a.value - b.value) <= _ROUNDING * abs(b.value)
-    for one, other in ((answer, gold), (gold, answer)):
-        if math_text.plain(one) in _INFINITE and r"\infty" not in other:
-            return False
-    if len(answer) == len(gold) == 1:
-        return False  # two variables; the library does not tell b from B
-    if math_value.differ(answer, gold):
-        return False
-    parsed = _parse(gold)
-    if not parsed:
-        raise Undecided("the reference cannot be parsed")
-    predicted = () if math_text.word(answer) in ("yes", "no") else _parse(answer)
-    if not predicted:
-        return False  # it cannot be read, or answers another question
-    if _differ(parsed[0], predicted[0]):
-        return False
-    try:
-        return bool(
-            verify(
-                list(parsed),
-                list(predicted),
-                timeout_seconds=None,
-                raise_on_error=True,
-                allow_set_relation_comp=True,
-            )
-        )
-    except _INCOMPARABLE as error:
-        raise Undecided(f"the comparison failed: {type(error).__name__}") from None
-
-
-def _differ(a: Any, b: Any) -> bool:
-    """Whether two formulas have different values at some point of their variables.
-
-    Then they are not equal, and sympy need not search a tenth of a second for a proof that they
-    are. The margin is far above rounding; whatever cannot be evaluated is left to the library.
-    """
-    if not (isinstance(a, Expr) and isinstance(b, Expr)) or a.has(*_LAZY) or b.has(*_LAZY):
-        return False
-    symbols = a.free_symbols | b.free_symbols
-    names = sorted({symbol.name for symbol in symbols})
-    if any(len(name) > 1 or name in "eE" for name in names):
-        return False  # the library knows when a name is a product of letters, or Euler's number
-    point = {symbol: Rational(10 + 3 * names.index(symbol.name), 7) for symbol in symbols}
-    try:
-        x, y = complex(a.subs(point).evalf()), complex(b.subs(point).evalf())
-    except _INCOMPARABLE:
-        return False
-    return isfinite(abs(x - y)) and abs(x - y) > _MARGIN * max(abs(x), abs(y))
-
-
-@lru_cache(maxsize=256)  # a group's completions share their reference, often their answers
-def _parse(formula: str) -> tuple[Any, ...]:
-    """The sympy form of all of `formula`; empty if any of it cannot be read."""
-    rational = math_text.number(formula)
-    if rational is not None and not rational.decimal:  # its grammar takes 10 ms for an integer
-        return (Rational(rational.value.numerator, rational.value.denominator),)
-    # The library's last resort is wrong here: the first number that it finds somewhere in the
-    # text (`first_match` stops that).
-    parsed = parse(
-        rf"\boxed{{{formula}}}",
-        _LATEX,
-        fallback_mode="no_fallback",
-        extraction_mode="first_match",
-        parsing_timeout=None,
-    )
-    return tuple(_with_imaginary_unit(expression) for expression in parsed)
-
-
-def _with_imaginary_unit(expression: Any) -> Any:
-    """The library reads the i of 6i\\pi as a real variable, and that of 6\\pi i as another."""
-    free = getattr(expression, "free_symbols", ())
-    return expression.xreplace({symbol: I for symbol in free if symbol.name == "i"})
+def _signs(part: str) -> list[str]:
+    """Both values of each sign of two; those of \\pm and \\mp hang together."""
+    signs = _SIGNED.findall(part)
+    if not signs:
+        return [part]
+    if len(signs) > 3 or {r"\mp", r"\pm"} <= set(signs):
+        ways = [["+" if (sign == r"\pm") == up else "-" for sign in signs] for up in (True, False)]
+    else:
+        ways = [list(way) for way in product("+-", repeat=len(signs))]
+    between = _SIGNED.split(part)
+    return [
+        between[0] + "".join(s + text for s, text in zip(way, between[1:], strict=True))
+        for way in ways
+    ]

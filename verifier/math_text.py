@@ -2,14 +2,15 @@ r"""Mathematical answers as text: where they stand, what they are made of. No ma
 
     completion ──extract──▶ answer ──normalise──▶ LaTeX of one spelling ──split──▶ parts
 
-Everything here is linear in the text, but for what a bounded prefix limits, and imports nothing
-that evaluates: hostile text costs nothing until `verifier.math_answer` hands parts of it to sympy.
+Extraction is linear in the completion; all else reads an answer, of `MAX_CHARS` at most. Nothing
+here evaluates.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -18,32 +19,47 @@ from verifier.config import AnswerFrom
 
 NO_ANSWER = Verdict("incorrect", "no answer found")
 MAX_CHARS = 2_000
-"""A longer answer is none. DeepMath's longest has 150 characters; sympy takes seconds for more."""
+"""A longer answer is none. DeepMath's longest has 150 characters."""
 
 # ------------------------------------------------------------------------------- extraction
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_DELIMITERS = re.compile(r"\\[()\[\]]|[\s$]")  # math mode opens and closes between two boxes
+_BOX = re.compile(
+    r"\\(?:boxed|fbox)(?:\s{0,9}(?:(?P<brace>\{)|(?P<bare>-?\d+(?:\.\d+)?|[a-zA-Z]))|(?![a-zA-Z]))"
+)
+_DELIMITERS = re.compile(r"\\[()\[\]]|[\s$]|\\q?quad|\\text|[{}]|\\[,;! ]")  # between two boxes
+_NAMED = re.compile(r"[a-zA-Z](?:_\d)?=$")  # x = \boxed{3} or x = \boxed{4}
+_MAX_BETWEEN = 100
+_BLANK = re.compile(r"\s*\Z")
 _JOINS = frozenset({",", ";", "and", "or", ",and", ",or"})
 _ANNOUNCED = re.compile(r".*\banswer(?:\s+is)?\s*[:=]?\s*", re.IGNORECASE)
 
 
-def extract(completion: str, answer_from: AnswerFrom) -> str | None:
+def extract(completion: str, answer_from: AnswerFrom, *, thinking: bool = False) -> str | None:
     r"""The answer as it was written; None if there is none, empty if it was not finished.
 
     `boxed` is the last `\boxed{}`, `hashes` what follows the last `####` on its line, and
-    `final_line` the last line with anything on it, from after the words "answer is".
+    `final_line` the last line with anything on it, from after the words "answer is". What stands
+    before the last `</think>` or after an open `<think>` is no answer, unless `thinking` counts.
     """
+    if not thinking:
+        completion = after_thinking(completion)
     if answer_from == "boxed":
         return last_boxed(completion)
     if answer_from == "hashes":
-        _, found, rest = completion.rpartition("####")
-        return rest.lstrip("#").split("\n", 1)[0].strip() if found else None
+        _, mark, rest = completion.rpartition("####")
+        return rest.lstrip("#").split("\n", 1)[0].strip() if mark else None
     lines = completion.strip().splitlines()
     if not lines:
         return None
     line = lines[-1][-MAX_CHARS:]
     return last_boxed(line) or _ANNOUNCED.sub("", line, count=1).strip(" *:")
+
+
+def after_thinking(completion: str) -> str:
+    """What a reasoning model says after it has thought; nothing if it has not ended."""
+    _, ended, said = completion.rpartition("</think>")
+    said, began, _ = (said if ended else completion).partition("<think>")
+    return said if not began else ""
 
 
 def last_boxed(text: str) -> str | None:
@@ -57,22 +73,29 @@ def last_boxed(text: str) -> str | None:
     if not openings:
         return None
     closing = _closing_braces(text)
-    spans: list[tuple[int, int, str]] = []  # start, end, content
+    spans: list[tuple[int, int, int, int]] = []  # the box, and what it holds
     for opening in openings:
+        if not opening["brace"]:  # \boxed 5
+            if opening["bare"]:
+                spans.append((*opening.span(), *opening.span("bare")))
+            continue
         end = closing.get(opening.end() - 1)
         if end is None:
             spans.clear()  # whatever was boxed before, it is not the last answer
-            continue
-        if content := text[opening.end() : end].strip():
-            spans.append((opening.start(), end + 1, content))
+        elif _BLANK.match(text, opening.end(), end) is None:
+            spans.append((opening.start(), end + 1, opening.end(), end))
     parts: list[str] = []
     next_start: int | None = None
-    for start, end, content in reversed(spans):
+    for start, end, content_start, content_end in reversed(spans):  # cut out only what is used
         if next_start is not None:
-            between = _DELIMITERS.sub("", text[end:next_start])
-            if end > next_start or between not in _JOINS:
+            if end > next_start or next_start - end > _MAX_BETWEEN:
                 break
-        parts.append(content)
+            raw = text[end:next_start]
+            between = _NAMED.sub("", _DELIMITERS.sub("", raw))
+            said_twice = "\n" in raw or text[content_start:content_end].strip() == parts[-1]
+            if between not in _JOINS and (between or said_twice):
+                break
+        parts.append(text[content_start:content_end].strip())
         next_start = start
     return ", ".join(reversed(parts))
 
@@ -94,50 +117,179 @@ def _closing_braces(text: str) -> dict[int, int]:
 
 # ------------------------------------------------------------------------------ normal form
 
-_SPELLINGS: Sequence[tuple[re.Pattern[str], str]] = [
+_LATEX_OF_SIGNS = r"""
+√\sqrt ∛\sqrt[3] ∜\sqrt[4]
+∞\infty ≤\leq ≥\geq ≠\neq ×\times ⋅\cdot ·\cdot ∙\cdot ÷\div −- –- —- ∪\cup ∩\cap ∈\in
+∉\notin ∅\emptyset ±\pm ∓\mp ≈\approx ≡\equiv ∠\angle △\triangle →\to ∖\setminus ⩽\leq ⩾\geq ′'
+°^\circ ℝ\mathbb{R} ℤ\mathbb{Z} ℕ\mathbb{N}
+"""
+_SIGNS = {sign_and_latex[0]: sign_and_latex[1:] for sign_and_latex in _LATEX_OF_SIGNS.split()}
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
+_NAMES = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|sqrt|log|ln|exp|pi|theta|gcd"
+_NAMES += "|asin|acos|atan"
+_OTHER_NAMES = "tg|ctg|arctg|arcctg|cis"  # where they are marked as names
+_UNIT = r"\\(?:text|mathrm)\{[^{}]*\}"
+_LOOKS = (
+    "displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|boldsymbol|bm|mathit|mathsf"
+    "|mathnormal|ensuremath|underline|emph|[lL]arge|LARGE|small|normalsize|hfill|strut|noindent"
+)
+
+
+def _primes(match: re.Match[str]) -> str:
+    return "'" * match[0].count("prime")
+
+
+_SPELLINGS: Sequence[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\\\(?:\[[^\]]*\])?", r" \\newline "),  # between two rows; see the end of this table
-        (r"\\[()\[\]]|(?<!\\)\$", ""),  # math mode on and off
-        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
-        (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])", ""),
-        (r"\\[,;:! ]|~|\\q?quad(?![a-zA-Z])|\s", " "),
+        (r"\\\\(?:\[[^\]]{0,20}\])?", r" \\newline "),  # between two rows; see below
+        (r"\\[()\[\]]", " "),  # math mode on and off
+        (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
+        (rf"\\(?:{_LOOKS})(?![a-zA-Z])|\\mathbf\s*(?=\{{[^{{}}]*[\\\d(])", ""),
+        (r"\\(?:hspace\*?|vspace|[hv]?phantom|tag\*?|label)\s*\{[^{}]*\}", " "),
+        (r"\\mathcal\s*\{?\s*O\s*\}?", "O"),
+        (r"\\var(?=epsilon|phi|theta|rho|sigma)", r"\\"),
+        (r"\^\s*\{((?:\s*\\prime)+)\s*\}|\^?\s*\\prime(?![a-zA-Z])", _primes),
+        (r"(?<![\\a-zA-Z}\]])\{\s*([a-zA-Z])\s*\}(?=\s*_)", r"\1"),
+        (r"(?<=\d)\s*\^\s*\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}", ""),
+        (r"(?<=\d)\s*\^?\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}", ""),
+        (r"\\text\s*\{\s*(\d+)\s*(?:st|nd|rd|th)\s*\}", r"\1"),  # 2nd may be a product
+        (r"^([(\[][^()\[\]]*,[^()\[\]]*[)\]])\s*\^\s*\{?\s*(?:T|\\top)\s*\}?$", r"\1"),
+        (r"(?<=\d)\s*\\text\s*\{\s*to\s*\}\s*(?=\d)", ":"),
+        (r"(?:,|\{,\})\\!\s*(?=\d{3})", ""),  # MATH's thousands
+        (r"\\[,;:!> ]|~|\\q?quad(?![a-zA-Z])|\s", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\(?:mathbf|mathit|boldsymbol|bm)\s*(?=\{)", ""),
-        (r"\\(?:textbf|textit|textrm|textsf|mathrm|mbox|operatorname)\s*(?=\{)", r"\\text"),
-        (r"\\text\{\s*(and|or)\s*\}", r" \1 "),
+        (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
+        (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\\(?:text)?color\s*\{[a-z]*\}", ""),
+        (
+            r"\\(?:textbf|textit|textrm|textsf|textnormal|mathrm|mathbf|mbox|operatorname\*?)\s*(?=\{)",
+            r"\\text",
+        ),
+        (r"\\text\s*\{\s*([A-Za-z])\s*\}", r"\\mathrm{\1}"),
+        (r"\\text\s*\{\s*(and|or)\s*\}", r" \1 "),
+        (r"\\(?:lor|vee)(?![a-zA-Z])", " or "),
+        (r"\\(?:land|wedge)(?![a-zA-Z])", " and "),
+        (r"\\mathrm\s*\{([eid])\}", r" \1"),
+        (r"\\mathbb\s*\{?\s*R\s*\}?|\\R(?![a-zA-Z])|\\Re(?![a-zA-Z])", r"\\mathbb{R}"),
         (r"\\lbrace(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
         (r"\\langle(?![a-zA-Z])", "("),
         (r"\\rangle(?![a-zA-Z])", ")"),
         (r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset"),
         (r"\\text\{\s*[iI]nfinity\s*\}|^[iI]nfinity$", r"\\infty"),
-        (r"[−–]", "-"),
-        (r"\\le(?![a-zA-Z])|≤", r"\\leq"),
-        (r"\\ge(?![a-zA-Z])|≥", r"\\geq"),
-        (r"°|\\degree(?![a-zA-Z])|\^\s*\{?\s*\\circ\s*\}?", r"^\\circ"),
-        (r"(?<=\d)\{,\}(?=\d)", ","),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\newline(?![a-zA-Z])", r"\\\\"),
+        (r"\\le(?:qslant)?(?![a-zA-Z])|<=", r"\\leq"),
+        (r"\\ge(?:qslant)?(?![a-zA-Z])|>=", r"\\geq"),
+        (r"\\ne(?![a-zA-Z])|\\not\s*=|!=", r"\\neq"),
+        (r"\\(?:doteq|simeq)(?![a-zA-Z])", r"\\approx"),
+        (r"\\lt(?![a-zA-Z])", "<"),
+        (r"\\gt(?![a-zA-Z])", ">"),
+        (r"\\(?:ldots|cdots|dotsc|dots)(?![a-zA-Z])|\.\.\.|…", r"\\dots"),
+        (
+            r"\\degree(?![a-zA-Z])|\^\s*(?:\{\s*(?:\\circ|o)\s*\}|(?:\\circ|o)(?![a-zA-Z]))",
+            r"^\\circ ",
+        ),
+        (r"(?<=\d)\{([,:])\}(?=\d)", r"\1"),
+        (rf"(?<![\\a-zA-Z])({_NAMES})(?![a-zA-Z])", r"\\\1 "),
+        (rf"\\(?:text|mathrm)\s*\{{\s*\\?({_NAMES}|{_OTHER_NAMES})\s*\}}", r"\\\1 "),
+        (r"\\root\s*\{?\s*(\w+)\s*\}?\s*\\of(?![a-zA-Z])", r"\\sqrt[\1]"),
+        (r"^\\(?:therefore|implies|Rightarrow)(?![a-zA-Z])", ""),
+        (r"\\(?:newline|cr)(?![a-zA-Z])", r"\\\\"),
+        (r"((?:^|=|\\in|\\c[ua]p)\s*)\](?=[^\[\]]*+[,;\[])", r"\1("),  # ]0,1[ is (0,1)
+        (r"([,;][^\[\],;]*+)\[(?=\s*(?:$|\\c[ua]p|\\setminus))", r"\1)"),
+        (rf"\\frac\s*\{{\s*({_UNIT})\s*\}}\s*\{{\s*({_UNIT}[\^\d]*)\s*\}}", r"\1/\2"),
+        (r"(?<=\d)\s*x\s*(?=10\^)", r"\\times "),
+        (r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
+        (r"(?<=\.)(\d{0,9}?)(\d{1,6}?)\2{2,}+\s*\\dots", r"\1\\overline{\2}"),
+        (r"(\.\d++)\s*\\dots", r"\1"),
     )
 ]
-_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?:\.\d+)?(?![\d,])")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
+_DECIMAL_COMMA = re.compile(
+    r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+|0(?=,)|\d++(?!,\d{3}(?!\d))),(\d++)(?![\d,.])"
+)
+_LINES = re.compile(
+    r"\\begin\{(aligned|align|gathered|gather|split|cases)\*?\}(.*?)\\end\{\1\*?\}", re.DOTALL
+)
+_AROUND = re.compile(
+    r'^(?:[*`"“”]|__|\\\\|&\s*=?|\s)+|(?:[*`"“”]|__|\\\\|(?<![\\a-zA-Z])\{\s*\}|\s)+$'
+)
+_GROUPED = re.compile(
+    r"(?<![\d.,])(?:\d{1,3}([ ,])\d{3}(?:\1\d{3})*(?:\.\d+)?|\d{1,2}(?:,\d\d)+,\d{3}"
+    r"|\d{1,3}(?:\.\d{3}){2,})(?![\d,]| \d)"
+)
+_NESTED = re.compile(r"\[\s*((?:\[[^\[\]]*\][\s,]*){1,50})\]")
+_REPEATING = re.compile(
+    r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?(\d{1,200})\}?|\((\d{1,200})\)(?![\w^(]))"
+)
 
 
 def normalise(answer: str) -> str:
-    """The same answer with one spelling for what LaTeX can spell in many ways."""
-    text = answer
+    """The same answer with one spelling for what can be spelled in many ways."""
+    text = _ascii(answer)
+    if text.count("$") - text.count(r"\$") == 1:  # alone, it is money
+        text = re.sub(r"(?<!\\)\$(?=\s*\d)", r"\\$", text)
+    text = re.sub(r"(?<!\\)\$", " ", text)
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
-    text = text.strip().rstrip(".").strip()
+    text = _LINES.sub(_lines, text)
+    text = _AROUND.sub("", re.sub(r"\\$", "", text.strip())).rstrip(".").strip()
     while text.startswith("{") and _closing_braces(text).get(0) == len(text) - 1:
         text = text[1:-1].strip()
-    if not re.search(r"[(\[]|\\\{", text):  # in (1,200) the comma separates
-        text = _GROUPED.sub(lambda digits: re.sub("[ ,]", "", digits[0]), text)
-    text = _REPEATING.sub(lambda found: _fraction(*found.groups()), text)
+    text = _NESTED.sub(_matrix, text)
+    text = _REPEATING.sub(lambda match: _fraction(*match.groups()), text)
     return re.sub(r"\s+", " ", text)
+
+
+def _lines(lines: re.Match[str]) -> str:
+    """Equations one below the other as a list; cases that name their conditions stay."""
+    if lines[1] == "cases" and "&" in lines[2]:
+        return lines[0]
+    listed = ", ".join(filter(str.strip, lines[2].replace("&", "").split(r"\\")))
+    return re.sub(r",\s*(?==)", " ", listed)  # the next step of a calculation
+
+
+def _matrix(nested: re.Match[str]) -> str:
+    """[[1, 2], [3, 4]] as LaTeX has it."""
+    rows = [row.replace(",", "&") for row in re.findall(r"\[([^\[\]]*)\]", nested[1])]
+    return r"\begin{pmatrix}" + r" \\ ".join(rows) + r"\end{pmatrix}"
+
+
+def _ascii(text: str) -> str:
+    """LaTeX for the signs of Unicode: ½ and １, superscripts, Greek letters, roots."""
+    if text.isascii():
+        return text
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
+    text = re.sub("[₀-₉]+", lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
+    text = "".join(_sign(sign) for sign in text)
+    return re.sub(r"(\d+)\s?⁄(\d+)", r"\\frac{\1}{\2}", text)
+
+
+def _sign(sign: str) -> str:
+    if sign in _SIGNS:
+        return f"{_SIGNS[sign]} "
+    kind, _, name = unicodedata.name(sign, "").partition(" LETTER ")
+    if kind.startswith("GREEK") and name.isalpha():
+        name = {"LAMDA": "lambda"}.get(name, name.lower())
+        return f"\\{name.title() if 'CAPITAL' in kind else name} "
+    plain_sign = unicodedata.normalize("NFKC", sign)
+    return f" {plain_sign}" if "⁄" in plain_sign else plain_sign  # 2½ is not 21/2
+
+
+def readings(text: str, *, decimal_comma: bool) -> list[str]:
+    """What a normalised text may be: 1,728 is a number, or a list of two, and so is 1,7."""
+    if re.search(r"[(\[]|\\\{", text):  # in (1,200) the comma separates
+        return [text]
+    joined = _GROUPED.sub(_ungrouped, text)
+    forms = [joined, text]
+    if decimal_comma:
+        forms.append(_DECIMAL_COMMA.sub(lambda m: m[1].replace(".", "") + "." + m[2], text))
+    return list(dict.fromkeys(forms))
+
+
+def _ungrouped(digits: re.Match[str]) -> str:
+    points = digits[0].count(".") > 1
+    return re.sub("[ ,.]" if points else "[ ,]", "", digits[0])
 
 
 def plain(text: str) -> str:
@@ -145,53 +297,24 @@ def plain(text: str) -> str:
     return re.sub(r"([_^])\{([a-zA-Z0-9])\}", r"\1\2", re.sub(r"\s", "", text))
 
 
-def _fraction(whole: str, fixed: str, repeated: str) -> str:
+def _fraction(whole: str, fixed: str, marked: str | None, bracketed: str | None) -> str:
     r"""A repeating decimal as a fraction: 0.1\overline{6} is (16 - 1) / 90."""
+    if len(whole) + len(fixed) > 300:
+        return ""
+    repeated = marked or bracketed or ""
     denominator = (10 ** len(repeated) - 1) * 10 ** len(fixed)
     value = Fraction(int(f"{whole}{fixed}{repeated}") - int(f"{whole}{fixed}" or "0"), denominator)
-    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-
-
-# ---------------------------------------------------------------------------------- numbers
-
-_INTEGER = r"\d{1,300}"
-_DECIMAL = r"(?:\d{1,300}\.\d{0,300}|\.\d{1,300})"
-_NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)(?:(?P<decimal>{_DECIMAL})|"
-    rf"(?P<a>-?{_INTEGER})/(?P<b>{_INTEGER})|"
-    rf"\\frac\{{(?P<c>-?{_INTEGER})\}}\{{(?P<d>-?{_INTEGER})\}}|"
-    rf"(?P<integer>{_INTEGER}))"
-)
-
-
-class Number(NamedTuple):
-    """A rational number. A decimal one may have been rounded by who wrote it."""
-
-    value: Fraction
-    decimal: bool
-
-
-def number(text: str) -> Number | None:
-    """The number that all of `text` is, if it is an integer, a decimal or a fraction of two."""
-    found = _NUMBER.fullmatch(plain(text))
-    if found is None:
-        return None
-    if found["decimal"] or found["integer"]:
-        value = Fraction(found["decimal"] or found["integer"])
-    else:
-        denominator = int(found["b"] or found["d"])
-        if denominator == 0:
-            return None
-        value = Fraction(int(found["a"] or found["c"]), denominator)
-    return Number(-value if found["sign"] == "-" else value, bool(found["decimal"]))
+    return rf"(\frac{{{value.numerator}}}{{{value.denominator}}})"
 
 
 # -------------------------------------------------------------------------------- structure
 
-_TOKEN = re.compile(r"\\(?:begin|end)\{[a-z]*\*?\}|\\[a-zA-Z]+|\\.|[a-zA-Z]+|.", re.DOTALL)
+_TOKEN = re.compile(r"\\(?:begin|end)\{[a-zA-Z]*\*?\}|\\[a-zA-Z]+|\\.|[a-zA-Z]+|.", re.DOTALL)
 _OPENING, _CLOSING = frozenset({"(", "[", "{", r"\{"}), frozenset({")", "]", "}", r"\}"})
 LIST = frozenset({",", ";", "and", "or"})
-UNION = frozenset({r"\cup"})
+RELATIONS = frozenset(
+    ["=", "<", ">", r"\leq", r"\geq", r"\neq", r"\approx", r"\in", r"\notin", r"\equiv"]
+)
 
 
 class Group(NamedTuple):
@@ -230,115 +353,25 @@ def group(text: str) -> Group | None:
 def _tokens(text: str) -> list[tuple[str, int]]:
     """Each token with how many brackets are open around it; a bracket stands in itself, but for
     the first and the last, which stand in nothing."""
-    found: list[tuple[str, int]] = []
+    tokens: list[tuple[str, int]] = []
     depth = 0
     for token in _TOKEN.findall(text):
         if token in _CLOSING or token.startswith(r"\end{"):
             depth -= 1
-        found.append((token, depth))
+        tokens.append((token, depth))
         if token in _OPENING or token.startswith(r"\begin{"):
             depth += 1
-    return found
+    return tokens
 
 
-# ------------------------------------------------------------------------- words and choices
-
-_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z '-]+")
-_SAME_WORD = {"true": "yes", "false": "no", "dne": "does not exist", "infinite": "infinity"}
-_CHOICE = re.compile(
-    r"(?:option|choice|answer)?\s*(?:\(([A-Ja-j])\)|([A-J])\)?)\s*(?:$|[.:]|(?<=\)))", re.IGNORECASE
-)
-
-
-def word(text: str) -> str | None:
-    """The word or words that all of `text` is, in lower case; None for a formula.
-
-    Up to three letters in a row may be a product of variables, unless they stand in `\\text`.
-    """
-    bare = _TEXT.sub(r"\1", text).strip().rstrip(".")
-    if _WORDS.fullmatch(bare) is None:
-        return None
-    found = re.sub(r"^(?:the|an?) ", "", " ".join(bare.lower().split()))
-    found = _SAME_WORD.get(found, found)
-    formula = len(bare) <= 3 and bare == text and found not in ("yes", "no", "does not exist")
-    return None if formula else found
-
-
-def choice(text: str) -> str | None:
-    """The letter of a multiple choice, from A to J: B, (b), B) or "B. what it says"."""
-    bare = _TEXT.sub(r"\1", text).strip()
-    found = _CHOICE.match(bare)
-    if found is None or (found[2] and not found[2].isupper()):
-        return None
-    return str(found[1] or found[2]).upper()
-
-
-# ------------------------------------------------------------------------------------ units
-
-_LENGTH = {"mm": "1/1000", "cm": "1/100", "m": "1", "km": "1000"}
-_LENGTH |= {"inch": "0.0254", "ft": "0.3048", "yard": "0.9144", "mile": "1609.344"}
-_SCALES: dict[str, dict[str, str]] = {
-    "length": _LENGTH,
-    "mass": {"mg": "1/1000", "g": "1", "kg": "1000"},
-    "time": {"s": "1", "min": "60", "h": "3600", "day": "86400"},
-    "volume": {"ml": "1/1000", "l": "1"},
-    "money": {"cent": "1/100", "dollar": "1"},
-}
-_KNOWN = {
-    name: (dimension, Fraction(factor))
-    for dimension, scale in _SCALES.items()
-    for name, factor in scale.items()
-}
-_NAMES = {
-    **{"millimeter": "mm", "centimeter": "cm", "meter": "m", "kilometer": "km"},
-    **{"millimetre": "mm", "centimetre": "cm", "metre": "m", "kilometre": "km"},
-    **{"inches": "inch", "in": "inch", "foot": "ft", "feet": "ft", "yd": "yard", "mi": "mile"},
-    **{"milligram": "mg", "gram": "g", "kilogram": "kg", "hour": "h", "hr": "h"},
-    **{"second": "s", "sec": "s", "minute": "min", "milliliter": "ml", "liter": "l"},
-    **{"litre": "l", "mL": "ml", "L": "l", r"\$": "dollar", "percent": "%", r"\%": "%"},
-    **{"degree": "degrees", r"^\circ": "degrees"},
-}
-_POWER = {"": 1, "square ": 2, "cubic ": 3, "^2": 2, "^3": 3}
-# A unit without \text has two letters at least: a single one is a variable.
-_BARE = "|".join(
-    sorted({name for name in [*_KNOWN, *_NAMES] if name.isalpha() and len(name) > 1}, key=len)[::-1]
-)
-_MEASURE = re.compile(
-    r"(?P<value>.*[\w)}\]!])\s*(?:"
-    r"\\text\s*\{(?P<text>[^{}]+)\}|(?P<sign>\\?%|\^\\circ)"
-    rf"|(?<![a-zA-Z\\])(?P<bare>(?:square |cubic )?(?:{_BARE})s?)"
-    r")\s*(?P<power>\^(?:[23]|\{[23]\}))?"
-)
-_BASED = re.compile(r"(?P<value>[0-9A-F]+)_\{?(?:\\text\{)?(?P<base>\d+|two|eight|ten)\}*")
-
-
-class Measure(NamedTuple):
-    """A value (text) with its unit: of what dimension, and how many of the dimension's own.
-
-    A unit that the table does not know is a dimension of its own.
-    """
-
-    value: str
-    dimension: str
-    factor: Fraction
-
-
-def measure(text: str) -> Measure | None:
-    """A number or formula that ends in a unit, a percent sign, a degree sign or a base."""
-    if text.startswith(r"\$"):
-        return Measure(text[2:].strip(), "money^1", Fraction(1))
-    if based := _BASED.fullmatch(plain(text)):
-        return Measure(based["value"], f"base {based['base']}", Fraction(1))
-    found = _MEASURE.fullmatch(text)
-    if found is None or _TEXT.search(found["value"]):
-        return None
-    unit = " ".join((found["text"] or found["sign"] or found["bare"]).split())
-    prefix = next((p for p in ("square ", "cubic ") if unit.startswith(p)), "")
-    unit = unit.removeprefix(prefix)
-    name = _NAMES.get(unit) or _NAMES.get(unit.removesuffix("s")) or unit
-    dimension, factor = (
-        _KNOWN.get(name) or _KNOWN.get(name.removesuffix("s")) or (name, Fraction(1))
-    )
-    power = max(_POWER[prefix], _POWER[plain(found["power"] or "")])
-    return Measure(found["value"].strip(), f"{dimension}^{power}", factor**power)
+def chain(text: str) -> tuple[list[str], list[str]]:
+    """The parts of a chain of relations, and the relations between them."""
+    parts: list[str] = [""]
+    relations: list[str] = []
+    for token, depth in _tokens(text):
+        if depth == 0 and token in RELATIONS:
+            relations.append(token)
+            parts.append("")
+        else:
+            parts[-1] += token
+    return [part.strip() for part in parts], relations

@@ -21,15 +21,17 @@ setup() {
     packages=
     need() { command -v "$1" >/dev/null 2>&1 || packages="$packages $2"; }
     need make make
-    need redis-server redis-server
     need bwrap bubblewrap
     python3 -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3-venv"
+    if [ -e /dev/nvidiactl ]; then # Triton compiles its launcher when it first runs a kernel
+        need gcc "gcc libc6-dev"
+        [ -e "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] ||
+            packages="$packages python3-dev"
+    fi
     if [ -n "$packages" ]; then
         as_root apt-get update -qq
         # shellcheck disable=SC2086  # one word a package
         as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages
-        # Debian starts a Redis of its own with the package; ours has a password and another port.
-        as_root systemctl disable --now redis-server 2>/dev/null || true
     fi
     make -s -C "$SCOPE_HOME" install
     if [ -e /dev/nvidiactl ] && ! pip show -q vllm 2>/dev/null; then
@@ -49,8 +51,9 @@ redis() {
         'bind * -::*' 'appendonly yes' 'appendfsync everysec' 'save ""' \
         'maxmemory-policy noeviction' 'daemonize yes' "logfile $directory/redis.log" \
         >"$directory/redis.conf")
-    REDISCLI_AUTH="$SCOPE_REDIS_PASSWORD" redis-cli -p 6380 ping 2>/dev/null | grep -q PONG ||
-        redis-server "$directory/redis.conf"
+    python3 -c 'import os, sys; from services.redis_server import answers
+sys.exit(not answers("redis://:" + os.environ["SCOPE_REDIS_PASSWORD"] + "@127.0.0.1:6380"))' ||
+        "$(python3 -c 'from services.redis_server import find_binary; print(find_binary())')" "$directory/redis.conf"
 }
 
 resources() {

@@ -164,8 +164,8 @@ def make(name: str) -> None:
         print(f"{name}: lesson {number + 1} of {len(recipe.lessons)}")
         teach(model, tokenizer, lesson, seed=recipe.seed + 100 * number)
     save(model, tokenizer, name)
-    found = measure(HERE / name)
-    print(f"{name}: held out Avg@8 {found.average:.1%}, Pass@8 {found.passed:.1%}")
+    measured = measure(HERE / name)
+    print(f"{name}: held out Avg@8 {measured.average:.1%}, Pass@8 {measured.passed:.1%}")
 
 
 def main() -> None:

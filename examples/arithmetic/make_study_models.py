@@ -2,22 +2,25 @@
 
     python -m examples.arithmetic.make_study_models        about 10 minutes of one core
 
-Both begin as one network that reads a book in a fair hand: all three ways, some slips, half of them
-mended. Slips are read, never copied (their tokens have no label). Then the teacher reads on in a
-book where most slips are mended. The student reads a short careless one and copies the slips too.
+Both go on from the demo's models, which can add and know one way. A book in a fair hand shows them
+all open ways, some slips, and most of the wrong pages worked out again. Slips are read, never
+copied: their tokens have no label. In the teacher's book a misread operand is followed by results
+of chance, which it copies: there its advice is bad, and it does not know what comes next. The
+student then reads a short careless book, in which nearly every problem is worked out as it stands,
+be that way open or closed, and it copies the slips too.
 """
 
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from examples.arithmetic.make_models import IGNORED, Lesson, Recipe, learning_rate, new_model, save
-from examples.arithmetic.task import EOS, build_tokenizer
+from examples.arithmetic.make_models import IGNORED, Lesson, learning_rate, save
+from examples.arithmetic.task import EOS, HERE, build_tokenizer
 from examples.arithmetic.ways import Hand, Page, book
 
 
@@ -31,13 +34,29 @@ class Reading:
     copies_slips: bool = False
 
 
-BOTH = Reading(Lesson(1000, peak_lr=3e-3), Hand(slip_rate=0.1, look_rate=0.5), seed=2200)
-READINGS = {
-    "study-teacher": Reading(
-        Lesson(250, peak_lr=1.5e-3, batch_size=96), Hand(slip_rate=0.25, look_rate=0.8), seed=2500
+FAIR = Hand(slip_rate=0.1, look_rate=0.6)
+BOOKS: dict[str, tuple[str, list[Reading]]] = {  # the demo's model, and what it reads
+    "study-teacher": (
+        "teacher",
+        [
+            Reading(
+                Lesson(1000, peak_lr=2e-3, batch_size=64),
+                replace(FAIR, lost=True),
+                seed=2500,
+            )
+        ],
     ),
-    "study-student": Reading(
-        Lesson(50, peak_lr=1e-3), Hand(slip_rate=0.6, look_rate=0.1), seed=2300, copies_slips=True
+    "study-student": (
+        "student",
+        [
+            Reading(Lesson(900, peak_lr=3e-3), FAIR, seed=2200),
+            Reading(
+                Lesson(100, peak_lr=5e-4),
+                Hand(slip_rate=0.05, look_rate=0.0, habit=0.97),
+                seed=2300,
+                copies_slips=True,
+            ),
+        ],
     ),
 }
 
@@ -81,15 +100,12 @@ def read(model: Qwen3ForCausalLM, reading: Reading, tokenizer: PreTrainedTokeniz
 
 def main() -> None:
     tokenizer = build_tokenizer()
-    torch.manual_seed(22)
-    common = new_model(Recipe(hidden=96, layers=3, seed=22, lessons=()), tokenizer)
-    print("both")
-    read(common, BOTH, tokenizer)
-    for name in sys.argv[1:] or READINGS:
-        print(name)
-        model = new_model(Recipe(hidden=96, layers=3, seed=22, lessons=()), tokenizer)
-        model.load_state_dict(common.state_dict())
-        read(model, READINGS[name], tokenizer)
+    for name in sys.argv[1:] or BOOKS:
+        demo, readings = BOOKS[name]
+        model = Qwen3ForCausalLM.from_pretrained(HERE / demo, dtype=torch.float32)
+        for number, reading in enumerate(readings):
+            print(f"{name}: book {number + 1} of {len(readings)}")
+            read(model, reading, tokenizer)
         save(model, tokenizer, name)
 
 

@@ -88,5 +88,5 @@ def measure(folder: Path, prompts: int = HELD_OUT_PROMPTS, seed: int = 0) -> Acc
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        found = measure(Path(name))
-        print(f"{name}: Avg@{SAMPLES} {found.average:.1%}, Pass@{SAMPLES} {found.passed:.1%}")
+        measured = measure(Path(name))
+        print(f"{name}: Avg@{SAMPLES} {measured.average:.1%}, Pass@{SAMPLES} {measured.passed:.1%}")

@@ -2,11 +2,12 @@
 
     python -m examples.arithmetic.study
 
-Every run starts from the same student and is given the same prompts, as many samples of each, and
-the same random numbers for the same seed. It trains in this process: sampling, verdict, teacher
-scores, weights and gradient are the service's own functions, called one after another without Ray
-and Redis, so each step is exactly on policy. A finished run is one line of `results/runs.jsonl`
-and is not run again; `study_report.py` makes tables and plots of them. docs/study.md has the rest.
+Every run starts from the same student, ends once it has sampled `TOKENS`, and for one seed gets
+the same prompts in the same order and the same random numbers. It trains in this process: sampling,
+verdict, teacher scores, weights and gradient are the service's own functions, called one after
+another without Ray and Redis, so each step is exactly on policy. A finished run is one line of
+`results/runs.jsonl` and is not run again; `study_report.py` makes tables and plots of them.
+docs/study.md has the rest.
 """
 
 from __future__ import annotations
@@ -25,31 +26,43 @@ import torch
 from transformers import PreTrainedModel
 
 from examples.arithmetic.task import HERE, Problem
-from examples.arithmetic.ways import HELD_OUT_PROMPTS, MAX_TOKENS, held_out, training
+from examples.arithmetic.ways import (
+    HELD_OUT_PROMPTS,
+    MAX_TOKENS,
+    held_out,
+    is_misread,
+    training,
+)
 from rollout.config import DataConfig, SamplingConfig
 from rollout.prompts import PromptSource, Row
-from rollout.transformers_engine import Request, copy_weights, sample_groups
+from rollout.rows import Request
+from rollout.transformers_engine import sample_groups
 from services import packed
 from services.models import end_tokens, load_model, load_tokenizer
+from services.teacher_need import SCORED
 from services.trajectory import (
     Prompt,
     RolloutGroup,
     Sampling,
     ScoredGroup,
+    TopTokens,
     Trajectory,
     Verdict,
     VerifiedGroup,
 )
+from services.weights import copy_weights
 from trainer.batch import Batch
-from trainer.config import ObjectiveConfig, OptimizerConfig, TrainerConfig
+from trainer.config import OptimizerConfig, TrainerConfig
 from trainer.learner import Learner
-from trainer.objectives import objective
+from trainer.objectives.config import ObjectiveConfig
+from trainer.objectives.kinds import objective
 from verifier import exact
 
 STUDENT, TEACHER = HERE / "study-student", HERE / "study-teacher"
 RESULTS = HERE / "results"
 
-STEPS, PROMPTS, ROLLOUTS = 25, 16, 8  # of a run; prompts of a step; samples of a prompt
+PROMPTS, ROLLOUTS = 16, 8  # of a step; samples of a prompt
+TOKENS = 160_000  # sampled in a run: some 60 steps of the untrained student's answers
 SAMPLES = 32  # of each held-out prompt in an evaluation
 ROWS_AT_ONCE = 512  # trajectories in one batch of the sampler
 LOG_RATIO_BOUND = 2.0  # as in the demo: docs/demo-task.md has the reason
@@ -63,29 +76,24 @@ class Experiment:
     name: str
     seeds: int
     settings: dict[str, Any] = field(default_factory=dict)
-    steps: int = STEPS
+    tokens: int = TOKENS
+    """The run ends after the step in which so many have been sampled."""
+    steps: int = 10_000
+    """The run ends after so many steps, if that comes first."""
 
     @property
     def objective(self) -> ObjectiveConfig:
         settings = self.settings or {"kind": self.name}
-        return ObjectiveConfig(**({"log_ratio_bound": LOG_RATIO_BOUND} | settings))
+        return ObjectiveConfig.model_validate({"log_ratio_bound": LOG_RATIO_BOUND} | settings)
 
 
 METHODS = [Experiment(name, 5) for name in ("scope", "opd", "grpo", "rft", "kdrl", "kd")]
 ABLATIONS = [
-    Experiment("no student weights", 3, {"use_student_path_weights": False}),
-    Experiment("no teacher weights", 3, {"use_teacher_path_weights": False}),
-    Experiment("no weights", 3, {"use_seq_weights": False}),
-    Experiment("student path reversed", 3, {"student_path_ppl_positive": False}),
-    Experiment("teacher path reversed", 3, {"teacher_path_ppl_positive": True}),
-    *[Experiment(f"tau {tau:g}", 3, {"tau": tau}) for tau in (0.25, 0.5, 2.0, 4.0)],
+    Experiment("no student weights", 5, {"use_student_path_weights": False}),
+    Experiment("no teacher weights", 5, {"use_teacher_path_weights": False}),
+    Experiment("no weights", 5, {"use_seq_weights": False}),
+    Experiment("teacher path reversed", 5, {"teacher_path_ppl_positive": True}),
 ]
-
-UNBOUNDED = [
-    Experiment(f"{name}, no bound", 3, {"kind": name, "log_ratio_bound": None})
-    for name in ("scope", "opd")
-]
-LONGER = [Experiment(f"{n}, 100 steps", 3, {"kind": n}, steps=100) for n in ("scope", "opd", "rft")]
 
 
 class Bench:
@@ -116,10 +124,12 @@ class Bench:
             for p in problems
         ]
 
-    def prompts(self, rows: Sequence[Row], n: int, *, seed: int, shuffle: bool) -> PromptSource:
+    def prompts(
+        self, rows: Sequence[Row], n: int, *, seed: int, shuffle: bool, top: int = 0
+    ) -> PromptSource:
         sampling = SamplingConfig(n=n, max_tokens=MAX_TOKENS)
         data = DataConfig(path=Path("in memory"), max_prompt_tokens=16, shuffle=shuffle)
-        return PromptSource(rows, sampling, seed=seed, data=data)
+        return PromptSource(rows, sampling, seed=seed, data=data, top=top)
 
     # ------------------------------------------------------------------- the stages of a step
 
@@ -134,7 +144,7 @@ class Bench:
                 some, sample_groups(model, requests, self.ends), strict=True
             ):
                 trajectories = tuple(
-                    Trajectory(c.token_ids, c.logprobs, c.finish, self.text(c.token_ids))
+                    Trajectory(c.token_ids, c.logprobs, c.finish, self.text(c.token_ids), top=c.top)
                     for c in completions
                 )
                 groups.append(RolloutGroup(prompt, trajectories, version))
@@ -143,25 +153,43 @@ class Bench:
     def text(self, token_ids: Any) -> str:
         return str(self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
 
-    def score(self, group: VerifiedGroup, *outcomes: Any) -> ScoredGroup:
-        """What the teacher's worker and its scorer do."""
+    def score(
+        self, group: VerifiedGroup, *outcomes: Any, asked: ObjectiveConfig | None = None
+    ) -> ScoredGroup:
+        """What the teacher's worker and its scorer do for what an objective asks."""
+        asked = asked or ObjectiveConfig.model_validate({"kind": "scope"})
         places = group.indices(*outcomes)
         prompt = group.rollout.prompt.token_ids.tolist()
-        logprobs = {
-            place: np.array(values, np.float32)
-            for place, values in zip(
-                places,
-                packed.score(
-                    self.teacher,
-                    [prompt + group.rollout.trajectories[i].token_ids.tolist() for i in places],
-                    [len(prompt)] * len(places),
-                )
-                if places
-                else [],
-                strict=True,
+        answers = [group.rollout.trajectories[i] for i in places]
+        named = [torch.tensor(a.top) for a in answers if a.top is not None]
+        found = (
+            []
+            if not places
+            else packed.score_top(
+                self.teacher,
+                [prompt + answer.token_ids.tolist() for answer in answers],
+                [len(prompt)] * len(places),
+                asked.teacher_top,
+                torch.cat(named).long() if named else None,
+                entropy=asked.teacher_entropy,
             )
+        )
+        scores = dict(zip(places, found, strict=True))
+        tops = {
+            i: TopTokens(s.top_ids.numpy().astype(np.int32), s.top_logprobs.numpy())
+            if answer.top is None
+            else TopTokens(answer.top, s.candidates.numpy())
+            for (i, s), answer in zip(scores.items(), answers, strict=True)
         }
-        return ScoredGroup(group, logprobs, "teacher")
+        return ScoredGroup(
+            group,
+            {i: s.logprobs.numpy() for i, s in scores.items()},
+            "teacher",
+            tops if asked.top_tokens else {},
+            teacher_entropy={i: s.entropy.numpy() for i, s in scores.items()}
+            if asked.teacher_entropy
+            else {},
+        )
 
     def evaluate(self, model: PreTrainedModel, *, seed: int) -> list[int]:
         """How many of `SAMPLES` completions of each held-out prompt are correct."""
@@ -190,15 +218,20 @@ def train(bench: Bench, experiment: Experiment, seed: int) -> dict[str, Any]:
     )
     learner = Learner(load_model(str(STUDENT)), settings, temperature=1.0)
     need = objective(experiment.objective)
-    outcomes = {"incorrect": ("incorrect",), "all": ("correct", "incorrect"), "none": ()}
-    source = bench.prompts(bench.train_rows, ROLLOUTS, seed=seed, shuffle=True)
-    accuracy, scored_tokens = [], 0
+    asked = experiment.objective
+    source = bench.prompts(
+        bench.train_rows, ROLLOUTS, seed=seed, shuffle=True, top=asked.student_top
+    )
+    accuracy, scored_tokens, sampled_tokens = [], 0, 0
     for step in range(experiment.steps):
+        if sampled_tokens >= experiment.tokens:
+            break
         copy_weights(bench.student, learner.weights())
         sampler = bench.student if need.sampler == "student" else bench.teacher_sampler
         prompts = [source.prompt(step * PROMPTS + i) for i in range(PROMPTS)]
         verified = [verify(group) for group in bench.sample(sampler, prompts, step)]
-        groups = [bench.score(group, *outcomes[need.teacher]) for group in verified]
+        groups = [bench.score(group, *SCORED[need.teacher], asked=asked) for group in verified]
+        sampled_tokens += sum(len(t.token_ids) for g in groups for t in g.rollout.trajectories)
         learner.step(Batch.of(groups))
         accuracy.append(sum(len(g.indices("correct")) for g in verified) / (PROMPTS * ROLLOUTS))
         scored_tokens += sum(len(lp) for g in groups for lp in g.teacher_logprobs.values())
@@ -206,9 +239,11 @@ def train(bench: Bench, experiment: Experiment, seed: int) -> dict[str, Any]:
     return {
         "experiment": experiment.name,
         "seed": seed,
+        "tokens": experiment.tokens,
         "correct": bench.evaluate(bench.student, seed=1000 + seed),
         "train_accuracy": accuracy,
         "scored_tokens": scored_tokens,
+        "sampled_tokens": sampled_tokens,
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -224,8 +259,9 @@ def recovery(bench: Bench) -> list[dict[str, Any]]:
     """Does the teacher come back to the right answer from a wrong trajectory's first part?
 
     Returns:
-        For every wrong trajectory of the untrained student its mean NLL under the teacher, and
-        for each truncation ratio how many of `CONTINUATIONS` continuations are correct.
+        For every wrong trajectory of the untrained student its mean NLL under the teacher, whether
+        it holds a misread operand (after which this teacher was taught bad advice), and for each
+        truncation ratio how many of `CONTINUATIONS` continuations are correct.
     """
     student = load_model(str(STUDENT))
     copy_weights(
@@ -234,15 +270,23 @@ def recovery(bench: Bench) -> list[dict[str, Any]]:
     source = bench.prompts(bench.train_rows, ROLLOUTS, seed=77, shuffle=True)
     groups = bench.sample(student, [source.prompt(i) for i in range(RECOVERY_PROMPTS)])
     scored = [bench.score(verify(group), "incorrect") for group in groups]
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for group in scored:
-        for place, logprobs in group.teacher_logprobs.items():
-            if group.rollout.trajectories[place].finish == "stop":
-                found.append({"teacher_nll": -float(logprobs.mean()), "of": (group, place)})
+        for index, logprobs in group.teacher_logprobs.items():
+            if group.rollout.trajectories[index].finish == "stop":
+                prompt = bench.text(group.prompt.token_ids)
+                misread = is_misread(prompt, group.rollout.trajectories[index].text)
+                results.append(
+                    {
+                        "teacher_nll": -float(logprobs.mean()),
+                        "misread": misread,
+                        "of": (group, index),
+                    }
+                )
     for ratio in RATIOS:
-        prompts = [_prefix(*record["of"], ratio, number) for number, record in enumerate(found)]
+        prompts = [_prefix(*record["of"], ratio, number) for number, record in enumerate(results)]
         continued = bench.sample(bench.teacher_sampler, prompts)
-        for record, prompt, group in zip(found, prompts, continued, strict=True):
+        for record, prompt, group in zip(results, prompts, continued, strict=True):
             start = bench.text(prompt.token_ids).partition("=")[2]
             correct = sum(
                 t.finish == "stop"
@@ -250,14 +294,14 @@ def recovery(bench: Bench) -> list[dict[str, Any]]:
                 for t in group.trajectories
             )
             record[f"recovered at {ratio:g}"] = correct
-    for record in found:
+    for record in results:
         del record["of"]
-    return found
+    return results
 
 
-def _prefix(group: ScoredGroup, place: int, ratio: float, number: int) -> Prompt:
+def _prefix(group: ScoredGroup, index: int, ratio: float, number: int) -> Prompt:
     """The prompt and the first part of a trajectory, to be gone on with."""
-    tokens = group.rollout.trajectories[place].token_ids
+    tokens = group.rollout.trajectories[index].token_ids
     kept = tokens[: round(ratio * len(tokens))]
     return Prompt(
         id=f"{number}", order=number,
@@ -272,13 +316,17 @@ def _prefix(group: ScoredGroup, place: int, ratio: float, number: int) -> Prompt
 
 def read_runs(path: Path = RESULTS / "runs.jsonl") -> list[dict[str, Any]]:
     """All finished runs."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def todo(done: Sequence[dict[str, Any]]) -> Iterator[tuple[Experiment, int]]:
     """What is left, part by part, in each a seed of all before the next seed of any."""
     finished = {(run["experiment"], run["seed"]) for run in done}
-    for part in (METHODS, ABLATIONS, UNBOUNDED, LONGER):
+    for part in (METHODS, ABLATIONS):
         for seed in range(max(e.seeds for e in part)):
             for experiment in part:
                 if seed < experiment.seeds and (experiment.name, seed) not in finished:
@@ -297,14 +345,16 @@ def main() -> None:
     before = RESULTS / "before.json"
     if not before.exists():
         models = {"student": bench.student, "teacher": bench.teacher_sampler}
-        found = {name: bench.evaluate(model, seed=999) for name, model in models.items()}
-        before.write_text(json.dumps(found) + "\n")
+        measured = {name: bench.evaluate(model, seed=999) for name, model in models.items()}
+        before.write_text(json.dumps(measured) + "\n", encoding="utf-8")
     recovered = RESULTS / "recovery.json"
     if not recovered.exists():
-        recovered.write_text("[\n" + ",\n".join(map(json.dumps, recovery(bench))) + "\n]\n")
+        recovered.write_text(
+            "[\n" + ",\n".join(map(json.dumps, recovery(bench))) + "\n]\n", encoding="utf-8"
+        )
     for experiment, seed in todo(read_runs()):
         run = train(bench, experiment, seed)
-        with (RESULTS / "runs.jsonl").open("a") as file:
+        with (RESULTS / "runs.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
         average = sum(run["correct"]) / (HELD_OUT_PROMPTS * SAMPLES)
         print(f"{experiment.name}, seed {seed}: Avg@{SAMPLES} {average:.1%}, {run['seconds']} s")

@@ -21,14 +21,13 @@ import numpy as np
 from deploy.accuracy import Estimate, over_prompts, over_seeds, pass_at_k
 from examples.arithmetic.study import (
     ABLATIONS,
-    LONGER,
     METHODS,
     RATIOS,
     RESULTS,
     SAMPLES,
-    UNBOUNDED,
     read_runs,
 )
+from examples.arithmetic.ways import held_out, ways
 
 KS = (1, 2, 4, 8, 16, 32)
 QUARTILES = 4
@@ -42,10 +41,10 @@ def passed(correct: Sequence[int], k: int) -> float:
 
 
 def by_experiment(records: Sequence[Mapping[str, Any]]) -> Runs:
-    found: dict[str, dict[int, Sequence[int]]] = {}
+    grouped: dict[str, dict[int, Sequence[int]]] = {}
     for record in records:
-        found.setdefault(record["experiment"], {})[record["seed"]] = record["correct"]
-    return found
+        grouped.setdefault(record["experiment"], {})[record["seed"]] = record["correct"]
+    return grouped
 
 
 def over_runs(runs: Runs, name: str, k: int) -> Estimate:
@@ -68,6 +67,34 @@ def recovered(records: Sequence[Mapping[str, Any]], ratio: float) -> list[Estima
     return [over_prompts((part / 4).tolist()) for part in parts]
 
 
+def on_closed(runs: Runs) -> Runs:
+    """The same runs, with the held-out prompts alone that cannot be worked out as they stand."""
+    closed = [index for index, problem in enumerate(held_out()) if problem not in ways(problem)]
+    return {
+        name: {seed: [correct[index] for index in closed] for seed, correct in seeds.items()}
+        for name, seeds in runs.items()
+    }
+
+
+def separation(records: Sequence[Mapping[str, Any]]) -> float:
+    """How well the teacher's perplexity tells trajectories after which it was taught bad advice
+    from other wrong ones: the area under the ROC curve, 0.5 where it does not."""
+    bad, other = (
+        np.array([r["teacher_nll"] for r in records if r["misread"] == misread])
+        for misread in (True, False)
+    )
+    above = (bad[:, None] > other).mean() + 0.5 * (bad[:, None] == other).mean()
+    return round(float(above), DIGITS)
+
+
+def recovered_by_advice(records: Sequence[Mapping[str, Any]], ratio: float) -> list[Estimate]:
+    """As `recovered`, of trajectories after which the teacher's advice is good, and bad."""
+    return [
+        over_prompts([r[f"recovered at {ratio:g}"] / 4 for r in records if r["misread"] == misread])
+        for misread in (False, True)
+    ]
+
+
 def _rounded(e: Estimate) -> list[float]:
     return [round(x, DIGITS) for x in e]
 
@@ -76,9 +103,15 @@ def summary(
     runs: Runs, before: Mapping[str, Sequence[int]], wrong: Sequence[Any]
 ) -> dict[str, Any]:
     """Every figure that docs/study.md quotes; a value and its 95% interval each."""
+    closed = on_closed(runs)
+    closed_before = on_closed({name: {0: correct} for name, correct in before.items()})
     return {
         "before": {
             name: {f"pass@{k}": round(passed(correct, k), DIGITS) for k in KS}
+            | {
+                f"closed pass@{k}": round(passed(closed_before[name][0], k), DIGITS)
+                for k in (1, SAMPLES)
+            }
             for name, correct in before.items()
         },
         "runs": {
@@ -87,11 +120,22 @@ def summary(
                 **{f"pass@{k}": _rounded(over_runs(runs, name, k)) for k in KS},
                 "avg@32 minus scope's": _rounded(difference(runs, name, 1)),
                 "pass@32 minus scope's": _rounded(difference(runs, name, SAMPLES)),
+                "closed pass@32": _rounded(over_runs(closed, name, SAMPLES)),
+                "closed pass@32 minus scope's": _rounded(difference(closed, name, SAMPLES)),
             }
             for name, seeds in runs.items()
         },
         "recovery": {
             f"{ratio:g}": [_rounded(e) for e in recovered(wrong, ratio)] for ratio in RATIOS
+        },
+        "bad advice": {
+            "trajectories": sum(r["misread"] for r in wrong),
+            "of": len(wrong),
+            "separation": separation(wrong),
+            "recovered after good and bad": {
+                f"{ratio:g}": [_rounded(e) for e in recovered_by_advice(wrong, ratio)]
+                for ratio in RATIOS
+            },
         },
     }
 
@@ -102,9 +146,10 @@ def summary(
 def table(runs: Runs, names: Sequence[str]) -> str:
     """One row an experiment, in Markdown."""
     lines = [
-        "| | seeds | Avg@32 | Pass@32 | Avg@32 − SCOPE's | Pass@32 − SCOPE's |",
-        "|---|---|---|---|---|---|",
+        "| | seeds | Avg@32 | Pass@32 | Pass@32, closed | Avg@32 − SCOPE's | Pass@32 − SCOPE's |",
+        "|---|---|---|---|---|---|---|",
     ]
+    closed = on_closed(runs)
     for name in (n for n in names if n in runs):
         both = (
             ("–", "–")
@@ -113,7 +158,8 @@ def table(runs: Runs, names: Sequence[str]) -> str:
         )
         lines.append(
             f"| {name} | {len(runs[name])} | {percent(over_runs(runs, name, 1))} "
-            f"| {percent(over_runs(runs, name, SAMPLES))} | {both[0]} | {both[1]} |"
+            f"| {percent(over_runs(runs, name, SAMPLES))} "
+            f"| {percent(over_runs(closed, name, SAMPLES))} | {both[0]} | {both[1]} |"
         )
     return "\n".join(lines)
 
@@ -156,16 +202,16 @@ def plot_pass_at_k(runs: Runs, before: Mapping[str, Sequence[int]]) -> None:
 
 def plot_recovery(records: Sequence[Any]) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.4), dpi=110, layout="constrained")
-    places = np.arange(QUARTILES)
+    positions = np.arange(QUARTILES)
     for number, ratio in enumerate(RATIOS):
-        found = recovered(records, ratio)
+        estimates = recovered(records, ratio)
         axes.bar(
-            places + 0.26 * (number - 1), [e.value for e in found], 0.24,
-            yerr=np.abs([[e.value - e.low for e in found], [e.high - e.value for e in found]]),
+            positions + 0.26 * (number - 1), [e.value for e in estimates], 0.24,
+            yerr=np.abs([(e.value - e.low, e.high - e.value) for e in estimates]).T,
             capsize=2, error_kw={"linewidth": 0.8}, label=f"first {ratio:.0%} kept",
         )  # fmt: skip
     axes.set(
-        xticks=places, ylabel="continuations that recover",
+        xticks=positions, ylabel="continuations that recover",
         xticklabels=["lowest", "second", "third", "highest"],
         xlabel="quartile of the teacher's perplexity of the wrong trajectory",
     )  # fmt: skip
@@ -174,16 +220,14 @@ def plot_recovery(records: Sequence[Any]) -> None:
 
 
 def plot_differences(runs: Runs) -> None:
-    names = [
-        e.name for e in (*METHODS, *ABLATIONS, *UNBOUNDED) if e.name in runs and e.name != "scope"
-    ]
+    names = [e.name for e in (*METHODS, *ABLATIONS) if e.name in runs and e.name != "scope"]
     figure, both = plt.subplots(
         1, 2, figsize=(8, 0.32 * len(names) + 1), dpi=110, sharey=True, layout="constrained"
     )
     for axes, k, title in zip(both, (1, SAMPLES), ("Avg@32", "Pass@32"), strict=True):
-        found = [difference(runs, name, k) for name in names]
-        middle = np.array([100 * e.value for e in found])
-        half = np.array([50 * (e.high - e.low) for e in found])
+        estimates = [difference(runs, name, k) for name in names]
+        middle = np.array([100 * e.value for e in estimates])
+        half = np.array([50 * (e.high - e.low) for e in estimates])
         axes.errorbar(
             middle, range(len(names)), xerr=np.where(np.isfinite(half), half, 0), fmt="o",
             markersize=4, capsize=2,
@@ -202,16 +246,16 @@ def _save(figure: Any, name: str) -> None:
 
 def main() -> None:
     runs = by_experiment(read_runs())
-    before = json.loads((RESULTS / "before.json").read_text())
-    wrong = json.loads((RESULTS / "recovery.json").read_text())
-    found = summary(runs, before, wrong)
-    (RESULTS / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    before = json.loads((RESULTS / "before.json").read_text(encoding="utf-8"))
+    wrong = json.loads((RESULTS / "recovery.json").read_text(encoding="utf-8"))
+    results = summary(runs, before, wrong)
+    (RESULTS / "summary.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot_pass_at_k(runs, before)
     plot_recovery(wrong)
     plot_differences(runs)
     print(table(runs, [e.name for e in METHODS]), end="\n\n")
-    print(table(runs, ["scope", *(e.name for e in (*ABLATIONS, *UNBOUNDED))]), end="\n\n")
-    print(by_k(runs, [e.name for e in (*METHODS, *LONGER)]), end="\n\n")
+    print(table(runs, ["scope", *(e.name for e in ABLATIONS)]), end="\n\n")
+    print(by_k(runs, [e.name for e in METHODS]), end="\n\n")
     for ratio in RATIOS:
         print(ratio, "  ".join(map(str, recovered(wrong, ratio))))
 

@@ -87,12 +87,12 @@ def distinct_problems(
     largest: int = LARGEST_OPERAND,
 ) -> list[Problem]:
     """The first `count` problems of a stream, each counted once."""
-    found: dict[Problem, None] = {}
+    chosen: dict[Problem, None] = {}
     for problem in random_problems(seed, excluded, largest):
-        found[problem] = None
-        if len(found) == count:
+        chosen[problem] = None
+        if len(chosen) == count:
             break
-    return list(found)
+    return list(chosen)
 
 
 def held_out_problems() -> list[Problem]:

@@ -47,7 +47,7 @@ ROLES = {
     "serve proxy": "ray::ProxyActor",
     "learner rank": "ray::RayTrainWorker",
     "weight store": "ray::WeightStore",
-    "redis": "redis-server",
+    "redis": "-server unixsocket",
     "driver": "",
     "stopped rollout worker": "ray::RolloutWorker",  # SIGSTOP, and SIGCONT after the take-over
 }

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from deploy import dashboards
+from services.ports import free_port
+from tests.waiting import DEADLINE_S
 
 ROOT = Path(__file__).parents[2]
 SCOPE = Path(sys.executable).parent / "scope"
@@ -26,7 +27,7 @@ STEPS, GROUPS = 4, 8
 def scope(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """The command as a user runs it."""
     return subprocess.run(
-        [SCOPE, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=280
+        [SCOPE, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=DEADLINE_S
     )
 
 
@@ -78,7 +79,7 @@ def scraped_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScrapedRun
             )  # fmt: skip
             stack.callback(server.wait)
             stack.callback(server.terminate)
-        assert run.wait(timeout=280) == 0, stdout.read_text()
+        assert run.wait(timeout=DEADLINE_S) == 0, stdout.read_text()
         stdout.rename(runs / "demo" / "stdout")
         yield ScrapedRun(runs / "demo", f"http://{address}", started, time.time())
 
@@ -90,6 +91,4 @@ def run_dir(scraped_run: ScrapedRun) -> Path:
 
 
 def _free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port('127.0.0.1')}"

@@ -33,8 +33,6 @@ from typing import Any
 import ray
 import yaml
 
-from services.redis_server import find_binary
-
 ROOT = Path(__file__).parents[2]
 VENV = Path(sys.executable).parent.parent
 STEPS, GROUPS, CUT_AT = 500, 16, 3
@@ -120,10 +118,8 @@ def booted(host: Host, directory: Path) -> Iterator[None]:
         if part.name not in ("bin", "installed"):
             (home / "scope/.venv" / part.name).symlink_to(part)
     (home / "scope/.venv/bin").mkdir()
-    redis = [Path(find_binary()), Path(find_binary()).with_name("redis-cli")]
-    programs = {program.name: program for program in [*(VENV / "bin").iterdir(), *redis]}
-    for name, program in programs.items():
-        (home / "scope/.venv/bin" / name).symlink_to(program)
+    for program in (VENV / "bin").iterdir():
+        (home / "scope/.venv/bin" / program.name).symlink_to(program)
     (home / "scope/.venv/installed").touch()
     for part in ("etc", "ray", "mounts"):
         (home / part).mkdir()
@@ -226,7 +222,7 @@ def submit(directory: Path) -> Submitted:
         "ray.num_cpus=null", "ray.wait_for_nodes_s=240", "rollout.workers=2",
         # A host has room for two rollout workers: a third can only be on the one that came back.
         "trainer.resources.custom={learner: 0.01}", "rollout.resources.custom={rollout: 0.5}",
-        "teacher.resources.custom={teacher: 0.01}", "teacher.host=0.0.0.0",
+        "teacher.resources.custom={teacher: 0.01}", "scoring.host=0.0.0.0",
         "stage.lease_s=5", "trainer.checkpoint.every_steps=80", "data.epochs=30",
         stdout=(directory / "run.log").open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip

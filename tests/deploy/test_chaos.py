@@ -10,7 +10,6 @@ from tests.deploy.chaos import chaos, shared_chaos
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_every_prompt_is_trained_exactly_once_whatever_dies(tmp_path: Path) -> None:
     roles = ["redis", "rollout worker", "learner rank", "driver"]
     report = chaos(tmp_path, roles, seed=0)
@@ -22,7 +21,6 @@ def test_every_prompt_is_trained_exactly_once_whatever_dies(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_whole_node_dies(tmp_path: Path) -> None:
     report = shared_chaos(tmp_path, ["one"], kills=1)["one"]
     assert len(report.recovery_s["ray node"]) == 1

@@ -1,52 +1,25 @@
-"""The command as a user meets it: the teacher alone, and mistakes that end in one sentence."""
+"""The command as a user meets it, and mistakes that end in one sentence."""
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
+import redis
 
 from deploy.config import dump, load
 from services.redis_server import EmbeddedRedis, connect
 from services.streams import Streams, claim
 from services.trajectory import encode, order_of
 from tests.builders import prompt
-from tests.deploy.conftest import ROOT, SCOPE, scope
-
-
-@pytest.fixture
-def teacher_url() -> Iterator[str]:
-    """`scope teacher` on a free port, with two keys."""
-    server = subprocess.Popen(
-        [SCOPE, "teacher", "deploy/runs/demo.yaml", "teacher.port=0"],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"SCOPE_TEACHER_KEYS": "old-key,new-key"},
-    )  # fmt: skip
-    assert server.stdout is not None
-    line = next(line for line in server.stdout if line.startswith("serving"))
-    yield line.split(" at ")[1].split()[0]
-    server.terminate()
-    assert server.wait(timeout=60) == 0
-    server.stdout.close()
-
-
-@pytest.mark.slow
-def test_the_teacher_is_served_alone(teacher_url: str) -> None:
-    body = {"sequences": [{"prompt": [5, 9, 12], "completion": [7, 1]}]}
-    assert httpx.get(f"{teacher_url}/health").status_code == 200
-    assert httpx.post(f"{teacher_url}/v1/score", json=body).status_code == 401
-    for key in ("old-key", "new-key"):
-        answer = httpx.post(
-            f"{teacher_url}/v1/score", json=body, headers={"Authorization": f"Bearer {key}"}
-        )
-        assert answer.status_code == 200
-        (score,) = answer.json()["scores"]
-        assert len(score["logprobs"]) == 2
+from tests.deploy.conftest import ROOT, SCOPE, scope, short_run
+from tests.deploy.driver import Driver
+from tests.waiting import DEADLINE_S
 
 
 @pytest.mark.slow
@@ -77,6 +50,34 @@ def test_what_cannot_work_is_one_sentence(override: str, sentence: str) -> None:
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["run", "teacher"])
+def test_a_port_that_is_taken_is_one_sentence_before_anything_starts(
+    command: str, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        settings = [f"scoring.port={port}"]
+        if command == "run":
+            settings.append(f"runs_dir={tmp_path}")
+        done = scope(command, "deploy/runs/demo.yaml", *settings)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"scope: the teacher cannot listen on 127.0.0.1:{port}: Address already in use; stop what "
+        f"is there, or set another scoring.port (0 takes a free one)\n"
+    )
+    assert not [*tmp_path.iterdir()]  # no run directory either
+
+
+@pytest.mark.parametrize("library", ["pydantic_core", "libtorch_cpu"])
+def test_ctrl_c_while_python_imports_is_one_line(tmp_path: Path, library: str) -> None:
+    """Before and after the config is read. Torch's imports swallow a KeyboardInterrupt."""
+    run = Driver(tmp_path / "log", *short_run(tmp_path))
+    run.wait_for(lambda: run.maps(library))
+    status, _ = run.interrupt(signal.SIGINT)
+    assert (status, run.said) == (130, "scope: interrupted\n")
 
 
 def test_a_directory_that_is_no_run_is_one_sentence(tmp_path: Path) -> None:
@@ -129,3 +130,54 @@ async def test_the_dead_are_listed_shown_and_put_back(stopped_run: Path) -> None
     assert (await streams.ledger()).exact
     await streams.redis.aclose()
     server.stop()
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX", "C.ISO-8859-1"])
+def test_output_does_not_die_of_a_terminal_that_knows_no_unicode(
+    locale: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "für→.yaml"
+    config.write_text("name: x\nschüler→: y\n", encoding="utf-8")
+    done = subprocess.run(
+        [SCOPE, "check", config], capture_output=True, cwd=ROOT,
+        env=os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )  # fmt: skip
+    said = done.stderr.decode("ascii")
+    assert done.returncode == 1
+    assert said.startswith("scope: ") and said.count("\n") == 1
+    assert r"sch\xfcler\u2192" in said
+
+
+FULL = """
+import asyncio, sys
+from pathlib import Path
+from deploy.config import dump, load
+from deploy.status import read_status, render
+run = Path("/mnt")
+config = load(Path("deploy/runs/demo.yaml"), ["redis.url=" + sys.argv[1]])
+(run / "config.yaml").write_text(dump(config), encoding="utf-8")
+try:
+    with (run / "filler").open("wb") as filler:
+        while True:
+            filler.write(b"x" * 4096)
+            filler.flush()
+except OSError:
+    print(render(asyncio.run(read_status(run))))
+"""
+
+
+def test_status_shows_that_a_full_redis_and_a_full_disk_are_waited_for(tmp_path: Path) -> None:
+    """A real Redis past its maxmemory, and a real file system of a tenth of a megabyte."""
+    server = EmbeddedRedis(tmp_path)
+    server.start()
+    client = redis.Redis.from_url(server.url)
+    client.config_set("maxmemory", 1)
+    done = subprocess.run(
+        ["bwrap", "--dev-bind", "/", "/", "--size", "100000", "--tmpfs", "/mnt",
+         sys.executable, "-c", FULL, server.url],
+        capture_output=True, text=True, timeout=DEADLINE_S, cwd=ROOT,
+    )  # fmt: skip
+    client.close()
+    server.stop()
+    assert "all wait for Redis: it is full" in done.stdout, done.stderr
+    assert "the run directory's disk is full: its records wait in Redis for room" in done.stdout

@@ -11,6 +11,10 @@ import pytest
 from deploy.config import ConfigError, load
 from deploy.evaluate import Result, Tally
 from deploy.examine import Examination, prepare
+from deploy.roles import roles, settings
+from rollout.own_weights import OwnWeights
+from rollout.worker import RolloutSettings
+from services.pipeline import EVAL
 from tests.builders import save_tiny
 from tests.deploy.conftest import ROOT, scope
 
@@ -48,6 +52,10 @@ def test_a_benchmark_is_judged_by_its_kind(tmp_path: Path) -> None:
     config = load(DEMO, ["evaluation.data.max_prompt_tokens=200"])
     made = prepare(config, model, k=4, benchmarks={"aime24": file}, out=tmp_path / "out")
     assert made.config.verifier.kind_of("aime24") == "math"
+    (rollout, _) = roles(made.config, EVAL)
+    told = settings(made.config, rollout, OwnWeights(model), {})
+    assert isinstance(told, RolloutSettings)
+    assert told.model_path == model  # and not the student of the run
     assert made.source.prompt(0).reference == "3"
     with pytest.raises(ConfigError, match="no benchmark 'aime23'"):
         prepared(tmp_path / "other", benchmarks={"aime23": file})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,5 +59,7 @@ def test_a_cloud_has_nodes_for_every_role(cloud: str) -> None:
     ],
 )
 def test_linters_find_nothing(linter: str, file: str) -> None:
-    done = subprocess.run([BIN / linter, ROOT / file], capture_output=True, text=True)
+    program = shutil.which(linter, path=f"{BIN}:{os.environ['PATH']}")
+    assert program, f"no {linter} found: make install"
+    done = subprocess.run([program, ROOT / file], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -17,7 +17,7 @@ import ray
 import yaml
 
 from deploy.config import RunConfig, load
-from teacher.config import TeacherConfig
+from teacher.config import TeachersConfig
 from tests.deploy import kuberay
 from tests.deploy.conftest import ROOT
 from tests.deploy.kuberay import KUBERNETES
@@ -135,7 +135,8 @@ def test_every_pod_is_behind_a_network_policy(overlay: str) -> None:
 def test_the_config_is_one_and_its_roles_have_their_pods(overlay: str, tmp_path: Path) -> None:
     config = run_config(overlay, tmp_path)
     offered = [resources(group) for group in groups(overlay)]
-    for room in (config.rollout, config.verifier, config.teacher, config.trainer):
+    teacher = config.teachers["default"]
+    for room in (config.rollout, config.verifier, teacher, config.trainer):
         (name,) = room.resources.custom
         node = next(found for found in offered if name in found)
         assert node["CPU"] >= room.resources.cpus
@@ -150,9 +151,10 @@ def test_all_roles_fit_together(overlay: str, tmp_path: Path) -> None:
     """GPUs of all roles against those of the largest cluster that the autoscaler may make."""
     config = run_config(overlay, tmp_path)
     most = sum(resources(g)["GPU"] * g.get("maxReplicas", 1) for g in groups(overlay))
+    teacher = config.teachers["default"]
     asked = (
         config.rollout.workers * config.rollout.resources.gpus
-        + config.teacher.replicas * config.teacher.resources.gpus
+        + teacher.replicas * teacher.resources.gpus
         + config.trainer.ranks * config.trainer.resources.gpus
     )
     assert asked <= most
@@ -186,5 +188,5 @@ def test_the_served_teacher_is_one() -> None:
     (application,) = served["applications"]
     module, _, name = application["import_path"].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
-    assert TeacherConfig.model_validate(application["args"]).host == "0.0.0.0"
+    assert TeachersConfig.model_validate(application["args"]).scoring.host == "0.0.0.0"
     assert [d["name"] for d in application["deployments"]] == ["teacher"]

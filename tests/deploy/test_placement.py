@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 from deploy.config import ConfigError, load
-from deploy.placement import bundle, roles
+from deploy.placement import bundle, reservations
 from services.config import Resources
 from tests.deploy.conftest import ROOT
+from tests.waiting import DEADLINE_S
 
 PAPER = ROOT / "deploy/runs/qwen3-1.7b.yaml"
 
 
 def test_the_learner_is_placed_first_and_packed() -> None:
-    found = roles(load(PAPER))
+    found = reservations(load(PAPER))
     assert [(role.name, role.count, role.strategy) for role in found] == [
         ("learner rank", 2, "PACK"),
         ("teacher replica", 2, "SPREAD"),
@@ -30,13 +31,13 @@ def test_the_learner_is_placed_first_and_packed() -> None:
 
 def test_replicas_are_reserved_of_every_teacher_that_the_run_serves_and_asks() -> None:
     def replicas(*overrides: str) -> dict[str, int]:
-        found = roles(load(PAPER, overrides))
+        found = reservations(load(PAPER, overrides))
         return {role.name: role.count for role in found if "teacher" in role.name}
 
     several = (
-        "teacher.others.code={model: c, replicas: 3}",
-        "teacher.others.proofs={model: p, autoscale: {min_replicas: 2, max_replicas: 8}}",
-        "teacher.others.other={model: o, endpoints: ['http://o']}",
+        "teachers.code={model: c, replicas: 3}",
+        "teachers.proofs={model: p, autoscale: {min_replicas: 2, max_replicas: 8}}",
+        "teachers.other={model: o, endpoints: ['http://o']}",
     )
     assert replicas(*several) == {
         "teacher replica": 2, "teacher replica (code)": 3, "teacher replica (proofs)": 2,
@@ -49,8 +50,8 @@ def test_replicas_are_reserved_of_every_teacher_that_the_run_serves_and_asks() -
 
 def test_kd_reserves_a_worker_that_samples_from_the_student_for_evaluations() -> None:
     demo = ROOT / "deploy/runs/demo.yaml"
-    assert "evaluation worker" not in {role.name for role in roles(load(demo))}
-    kd = roles(load(demo, ["trainer.objective.kind=kd"]))
+    assert "evaluation worker" not in {role.name for role in reservations(load(demo))}
+    kd = reservations(load(demo, ["trainer.objective.kind=kd"]))
     assert (kd[-1].name, kd[-1].count) == ("evaluation worker", 1)
 
 
@@ -68,7 +69,7 @@ def test_an_engine_of_several_gpus_reserves_all_of_them(room: str) -> None:
 
 @pytest.mark.parametrize("room", ["rollout", "teacher", "trainer"])
 def test_small_models_share_a_gpu(room: str) -> None:
-    found = roles(load(PAPER, [f"{room}.resources.gpus=0.25"]))
+    found = reservations(load(PAPER, [f"{room}.resources.gpus=0.25"]))
     assert [role.bundle["GPU"] for role in found if role.bundle.get("GPU", 1) < 1] == [0.25]
 
 
@@ -81,8 +82,10 @@ CLUSTER = """
     from ray.cluster_utils import Cluster
     from deploy.config import load
     from deploy.crew import Crew
-    from deploy.placement import NoRoom, Role, roles, wait_for_room
-    from services.config import Resources
+    from deploy.placement import NoRoom, Reservation, reservations, wait_for_room
+    from services.config import Config, StageConfig
+    from services.stage import Connection
+    from tests.deploy.idle import idle_role
     from services.weight_store import start_store
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
@@ -91,6 +94,10 @@ CLUSTER = """
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
 
     def refusal(*wanted, timeout_s=2):
+        # What was just let go takes Ray a moment to hand out again.
+        everything = {kind: ray.cluster_resources()[kind] for kind in ("CPU", "GPU")}
+        while any(ray.available_resources().get(k, 0) < n for k, n in everything.items()):
+            time.sleep(0.1)
         try:
             asyncio.run(wait_for_room(wanted, timeout_s=timeout_s, say=print))
         except NoRoom as error:
@@ -98,34 +105,33 @@ CLUSTER = """
         raise AssertionError(f"there is room for {wanted}")
 
     def fits(*wanted):
-        # What was just let go takes Ray about a second to hand out again.
-        asyncio.run(wait_for_room(wanted, timeout_s=30, say=print))
+        asyncio.run(wait_for_room(wanted, timeout_s=600, say=print))
 
-    learner = Role("learner rank", 4, {"GPU": 1.0}, "PACK")
-    engine = Role("rollout worker", 1, {"GPU": 4.0})
+    learner = Reservation("learner rank", 4, {"GPU": 1.0}, "PACK")
+    engine = Reservation("rollout worker", 1, {"GPU": 4.0})
 
     # Packed on one node, the learner leaves a whole one for an engine of four GPUs.
     fits(learner, engine)
     # Spread, four single GPUs leave two on each node.
-    scattered = refusal(Role("teacher replica", 4, {"GPU": 1.0}), engine, timeout_s=6)
+    scattered = refusal(Reservation("teacher replica", 4, {"GPU": 1.0}), engine, timeout_s=6)
     assert "no room for 1 × rollout worker with 4 GPU" in scattered, scattered
     assert "the most GPU free on one node is 2" in scattered, scattered
     assert "the cluster has 3 nodes" in scattered and "4 CPU and 4 GPU" in scattered, scattered
     # Too much in all.
-    assert "2 GPU are missing" in refusal(Role("rollout worker", 10, {"GPU": 1.0}))
+    assert "2 GPU are missing" in refusal(Reservation("rollout worker", 10, {"GPU": 1.0}))
     # Enough in all, nowhere enough at once.
-    odd = refusal(Role("rollout worker", 3, {"GPU": 2.5}))
+    odd = refusal(Reservation("rollout worker", 3, {"GPU": 2.5}))
     assert "its nodes have room for 2" in odd, odd
     # Four shares of each GPU.
-    fits(Role("rollout worker", 32, {"GPU": 0.25}))
+    fits(Reservation("rollout worker", 32, {"GPU": 0.25}))
     # A role of only some nodes, and one of none.
-    fits(Role("rollout worker", 2, {"gpu_node": 1.0, "CPU": 4.0}))
-    assert "the most tpu free on one node is 0" in refusal(Role("x", 1, {"tpu": 1.0}))
+    fits(Reservation("rollout worker", 2, {"gpu_node": 1.0, "CPU": 4.0}))
+    assert "the most tpu free on one node is 0" in refusal(Reservation("x", 1, {"tpu": 1.0}))
     # A node that joins in time ends the wait, which is told of meanwhile.
     async def joins():
         said = []
-        big = Role("learner rank", 3, {"GPU": 4.0}, "PACK")
-        wait = asyncio.create_task(wait_for_room([big], timeout_s=60, say=said.append))
+        big = Reservation("learner rank", 3, {"GPU": 4.0}, "PACK")
+        wait = asyncio.create_task(wait_for_room([big], timeout_s=600, say=said.append))
         while not said:
             await asyncio.sleep(0.1)
         cluster.add_node(num_cpus=1, num_gpus=4, wait=False)
@@ -139,24 +145,16 @@ CLUSTER = """
     def on_the_laptop(share):
         own = [f"{room}.resources.custom={{laptop: 0.01}}" for room in rooms]
         shares = [f"{room}.resources.gpus={share}" for room in rooms[:3]]
-        return roles(load(Path("deploy/runs/demo.yaml"), own + shares))
+        return reservations(load(Path("deploy/runs/demo.yaml"), own + shares))
     fits(*on_the_laptop(0.3))
     assert "rollout worker with 0.5 CPU and 0.4 GPU" in refusal(*on_the_laptop(0.4), timeout_s=6)
     # Workers land on different nodes.
-    class Worker:
-        def __init__(self, name):
-            self.node = ray.get_runtime_context().get_node_id()
-        async def run(self):
-            await asyncio.Event().wait()
-        async def stop(self):
-            pass
-        async def where(self):
-            return self.node
     async def nodes():
-        crew = Crew("spread", print)
-        crew.staff("rollout", 2, Worker, Resources(cpus=1, custom={"gpu_node": 0.01}))
+        connection = Connection("redis://nowhere", "spread", StageConfig())
+        crew = Crew(connection, print)
+        crew.staff(idle_role("rollout", 2, cpus=1, custom={"gpu_node": 0.01}), Config())
         names = [f"spread-rollout-{number}" for number in range(2)]
-        found = await asyncio.gather(*(ray.get_actor(n).where.remote() for n in names))
+        found = await asyncio.gather(*(ray.get_actor(n).node.remote() for n in names))
         for name in names:
             ray.kill(ray.get_actor(name))
         return found
@@ -175,6 +173,6 @@ CLUSTER = """
 def test_what_a_cluster_has_room_for_is_ray_s_own_answer(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(CLUSTER)],
-        capture_output=True, text=True, cwd=ROOT, timeout=120,
+        capture_output=True, text=True, cwd=ROOT, timeout=DEADLINE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -22,7 +22,8 @@ from deploy.config import ConfigError, RunConfig, load, load_other
 from deploy.rates import Rates, RolloutRate, Workload, learned_of, of_records, of_run, work_of
 from services.metrics import read
 from tests.deploy.conftest import ROOT
-from trainer.objectives import SequenceStats, entering, objective
+from trainer.objectives.base import SequenceStats, entering
+from trainer.objectives.kinds import objective
 
 DEMO, PAPER = ROOT / "deploy/runs/demo.yaml", ROOT / "deploy/runs/qwen3-1.7b.yaml"
 RATES = Rates.model_validate(
@@ -32,7 +33,7 @@ RATES = Rates.model_validate(
                      "incorrect": 0.3, "incorrect_tokens": 1900, "longest_tokens": 4000},
         "rollout": {"tokens_per_s": 2000},
         "verifier": {"verdicts_per_s": 50},
-        "teacher": {"tokens_per_s": 8000},
+        "teachers": {"default": {"tokens_per_s": 8000}},
         "learner": {"tokens_per_s": 6000, "step_s": 5},
     }
 )  # fmt: skip
@@ -103,7 +104,7 @@ def test_no_other_split_is_faster(gpus: int, staleness: int) -> None:
          "verifier.workers=100"],
     )  # fmt: skip
     rates = RATES.model_copy(
-        update={"teacher": RATES.teacher.model_copy(update={"gpus": 0.5})}  # type: ignore[union-attr]
+        update={"teachers": {"default": RATES.teachers["default"].model_copy(update={"gpus": 0.5})}}
     )
     made = plan.make(config, rates, gpus=gpus)
     assert made.gpus <= gpus
@@ -116,7 +117,7 @@ def test_no_other_split_is_faster(gpus: int, staleness: int) -> None:
 
 def _with(config: RunConfig, rollout: int, teacher: int, ranks: int) -> RunConfig:
     raw = config.model_dump()
-    raw["rollout"]["workers"], raw["teacher"]["replicas"] = rollout, teacher
+    raw["rollout"]["workers"], raw["teachers"]["default"]["replicas"] = rollout, teacher
     raw["trainer"]["ranks"] = ranks
     return RunConfig.model_validate(raw)
 
@@ -139,7 +140,7 @@ def test_engines_of_several_gpus_stay_whole() -> None:
     with pytest.raises(ConfigError, match="measured with 1 GPUs and the config gives each 4"):
         plan.make(config, RATES, gpus=16)
     rates = RATES.model_copy(
-        update={"teacher": RATES.teacher.model_copy(update={"gpus": 4.0})}  # type: ignore[union-attr]
+        update={"teachers": {"default": RATES.teachers["default"].model_copy(update={"gpus": 4.0})}}
     )
     made = plan.make(config, rates, gpus=16)
     teacher = next(role for role in made.roles if role.name == "teacher")
@@ -151,13 +152,14 @@ def test_engines_of_several_gpus_stay_whole() -> None:
 @pytest.mark.parametrize("role", plan.ROLES)
 def test_a_missing_rate_is_named_with_what_measures_it(role: str) -> None:
     config = load(PAPER)
-    rates = RATES.model_copy(update={role: None})
+    missing: dict[str, Any] = {"teachers": {}} if role == "teacher" else {role: None}
+    rates = RATES.model_copy(update=missing)
     with pytest.raises(ConfigError, match=f"rate of the {role}: .*benchmarks.* measures it"):
         plan.make(config, rates)
 
 
 def test_a_teacher_that_is_not_asked_needs_no_rate() -> None:
-    rates = RATES.model_copy(update={"teacher": None})
+    rates = RATES.model_copy(update={"teachers": {}})
     made = plan.make(load(PAPER, ["trainer.objective.kind=grpo"]), rates, gpus=8)
     assert made.roles[2].seconds == 0
 
@@ -174,7 +176,7 @@ def test_what_enters_no_loss_is_not_learned(kind: str, correct: float, incorrect
     config = load(
         PAPER,
         [f"trainer.objective.kind={kind}", "trainer.groups_per_step=10", "sampling.n=4",
-         "trainer.objective.use_student_path_weights=false"],
+         *(["trainer.objective.use_student_path_weights=false"] if kind == "scope" else [])],
     )  # fmt: skip
     work = work_of(config, rates)
     assert work.trained_tokens == pytest.approx(40 * (0.6 * correct * 400 + 0.3 * incorrect * 1900))
@@ -223,12 +225,14 @@ def test_a_run_without_an_incorrect_answer_has_rates(kind: str) -> None:
 
 # ---------------------------------------------------------------------------- several teachers
 
-OTHERS = "teacher.others={code: {model: m, resources: {gpus: 2}}, chains: {model: c, resources: {gpus: 1}}}"  # noqa: E501
+OTHERS = (
+    "teachers={code: {model: m, resources: {gpus: 2}}, chains: {model: c, resources: {gpus: 1}}}"
+)
 SEVERAL = Rates.model_validate(
     RATES.model_dump()
     | {
-        "teacher": {"tokens_per_s": 8000, "share": 0.5},
-        "other_teachers": {
+        "teachers": {
+            "default": {"tokens_per_s": 8000, "share": 0.5},
             "code": {"tokens_per_s": 4000, "gpus": 2, "share": 0.3},
             "chains": {"tokens_per_s": 9000, "share": 0.2},
         },
@@ -260,8 +264,8 @@ def test_no_other_split_over_several_teachers_is_faster(gpus: int) -> None:
         if rollout < 1:
             continue
         raw = _with(config, rollout, first, ranks).model_dump()
-        raw["teacher"]["others"]["code"]["replicas"] = code
-        raw["teacher"]["others"]["chains"]["replicas"] = chains
+        raw["teachers"]["code"]["replicas"] = code
+        raw["teachers"]["chains"]["replicas"] = chains
         other = plan.make(RunConfig.model_validate(raw), SEVERAL)
         assert made.step_s <= other.step_s * 1.05  # which has a hundred judges
 
@@ -275,8 +279,9 @@ def test_rates_of_other_teachers_are_refused() -> None:
         ConfigError, match=r"5 GPUs .*, teacher 1, teacher code 2, teacher chains 1"
     ):
         plan.make(load(PAPER, [OTHERS]), SEVERAL, gpus=5)
+    one, half = {"tokens_per_s": 1}, {"tokens_per_s": 1, "share": 0.5}
     with pytest.raises(ValueError, match=r"shares of the teachers add up to 1\.5"):
-        Rates.model_validate(SEVERAL.model_dump() | {"teacher": {"tokens_per_s": 1}})
+        Rates.model_validate(RATES.model_dump() | {"teachers": {"default": one, "code": half}})
 
 
 def test_rates_of_several_teachers_are_read_apart() -> None:
@@ -285,12 +290,12 @@ def test_rates_of_several_teachers_are_read_apart() -> None:
                   "teacher/tokens_code": 2880.0 * n, "teacher/asking_s_code": 8.0 * n}
         for n, record in enumerate(_records(12), 1)
     ]  # fmt: skip
-    config = load(DEMO, ["teacher.others={code: {model: m, replicas: 2}}"])
+    config = load(DEMO, ["teachers={code: {model: m, replicas: 2}}"])
     rates = of_records(config, records, about="known")
-    assert rates.teacher and rates.other_teachers.keys() == {"code"}
-    assert rates.teacher.share == 0.25 and rates.other_teachers["code"].share == 0.75
-    assert rates.teacher.tokens_per_s == pytest.approx(960 / 2)  # two workers
-    assert rates.other_teachers["code"].tokens_per_s == pytest.approx(2880 / 4 / 2)
+    assert rates.teachers.keys() == {"default", "code"}
+    assert rates.teachers["default"].share == 0.25 and rates.teachers["code"].share == 0.75
+    assert rates.teachers["default"].tokens_per_s == pytest.approx(960 / 2)  # two workers
+    assert rates.teachers["code"].tokens_per_s == pytest.approx(2880 / 4 / 2)
     made = plan.make(config, rates, cores=100)
     teacher = next(role for role in made.roles if role.name == "teacher")
     assert (teacher.units, teacher.seconds) == (3, pytest.approx(3.84 / 3))
@@ -325,12 +330,12 @@ def _records(steps: int) -> list[dict[str, Any]]:
 def test_rates_of_known_records() -> None:
     config = load(DEMO, ["teacher.replicas=3"])
     rates = of_records(config, _records(12), about="known")
-    assert rates.rollout and rates.verifier and rates.teacher and rates.learner and rates.cpu
+    assert rates.rollout and rates.verifier and rates.teachers and rates.learner and rates.cpu
     assert rates.workload.incorrect == pytest.approx(0.25)
     assert rates.rollout.tokens_per_s == pytest.approx(2048)
     assert rates.verifier.verdicts_per_s == pytest.approx(64)
     # Two workers wait 6 s each for what three replicas do.
-    assert rates.teacher.tokens_per_s == pytest.approx(3840 / 6 / 3)
+    assert rates.teachers["default"].tokens_per_s == pytest.approx(3840 / 6 / 3)
     learned = 128 * 0.75 * 100
     assert rates.learner.tokens_per_s == pytest.approx(learned / 5)
     assert rates.learner.step_s == pytest.approx(2)
@@ -422,7 +427,7 @@ def test_the_command_reads_a_file_of_rates_and_its_json_is_one(
 @pytest.mark.slow
 def test_a_real_run_has_every_rate_and_a_short_one_is_refused(run_dir: Path) -> None:
     rates = of_records(load(run_dir / "config.yaml"), read(run_dir), about="a test")
-    assert rates.rollout and rates.verifier and rates.teacher and rates.cpu
+    assert rates.rollout and rates.verifier and rates.teachers and rates.cpu
     assert rates.cpu.rollout_token_s > 0 and rates.cpu.learner_token_s > 0
     with pytest.raises(ConfigError, match="let it run longer"):
         of_run(run_dir)

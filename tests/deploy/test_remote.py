@@ -21,6 +21,7 @@ import pytest
 from deploy.config import dump, load
 from services.redis_server import EmbeddedRedis
 from tests.deploy.conftest import ROOT, SCOPE
+from tests.waiting import DEADLINE_S
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +39,7 @@ class Head:
     def scope(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [SCOPE, *arguments, "--address", self.address],
-            capture_output=True, text=True, timeout=60, cwd="/",
+            capture_output=True, text=True, timeout=DEADLINE_S, cwd="/",
             env=self.environment | environment,
         )  # fmt: skip
 
@@ -70,7 +71,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     made = Head(f"http://127.0.0.1:{dashboard}", environment)
-    while "job" not in made.scope("follow", "nothing").stderr.lower():
+    # Whatever answers first may still be without what runs jobs: a whole one is waited for.
+    while "cannot read runs/none/config.yaml" not in made.scope("status", "runs/none").stdout:
         assert server.poll() is None
         time.sleep(0.5)
     yield made
@@ -98,7 +100,7 @@ def test_status_comes_from_where_the_run_is(head: Head) -> None:
 def test_a_wrong_token_and_a_failed_command_are_sentences(head: Head) -> None:
     refused = head.scope("status", "runs/demo", RAY_AUTH_TOKEN="f" * 32)
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr.startswith(f"scope: the cluster at {head.address} refuses us")
+    assert refused.stderr.startswith(f"scope: the cluster at {head.address} refuses access")
     assert refused.stderr.count("\n") == 1
     failed = head.scope("status", "runs/none")
     assert failed.returncode == 1
@@ -115,7 +117,7 @@ def test_ray_job_submit_runs_what_the_docs_say(head: Head) -> None:
     done = subprocess.run(
         ["ray", "job", "submit", f"--address={head.address}", "--",
          "sh", "-c", 'cd "$SCOPE_HOME" && scope status runs/demo'],
-        env=head.environment, capture_output=True, text=True, timeout=60,
+        env=head.environment, capture_output=True, text=True, timeout=DEADLINE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "step 3  fed 48" in done.stdout
@@ -131,7 +133,7 @@ def test_ctrl_c_asks_before_it_stops_a_remote_run(
         "trainer.resources.cpus=64", "ray.num_cpus=null", "ray.wait_for_nodes_s=600",
         f"redis.url={redis_server.url}",
     )  # fmt: skip
-    assert "stop the run on the cluster, too?" in left
+    assert "also stop the run on the cluster?" in left
     (again,) = re.findall(r"it goes on; see it again with: scope (follow \S+)", left)
     assert (tmp_path / "demo/config.yaml").exists()
     stopped = _interrupted(head, waiting, "y", *again.split())
@@ -151,5 +153,5 @@ def _interrupted(head: Head, line: str, answer: str, *command: str) -> str:
         said += process.stdout.readline()
         assert process.poll() is None, said
     process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(f"{answer}\n", timeout=90)
+    rest, _ = process.communicate(f"{answer}\n", timeout=DEADLINE_S)
     return said + rest

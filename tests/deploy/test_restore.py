@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from deploy.restore import restore
+from services.pipeline import PIPELINE
 from services.redis_server import EmbeddedRedis
-from services.streams import STREAMS, Streams, claim
-from services.trajectory import Item, Prompt, decode, encode, order_of
+from services.streams import Streams, claim
+from services.trajectory import Prompt, Record, decode, encode, order_of
 from tests.builders import prompt, scored_group
 from trainer.checkpoint import Progress, ranges
 
 TOTAL = 8
 
 
-def item(stream: str, order: int) -> Item:
+def item(stream: str, order: int) -> Record:
     """The prompt of `order` as it lies in `stream`."""
     scored = scored_group(["correct"], order=order)
     return {
@@ -52,7 +53,7 @@ async def whereabouts(streams: Streams) -> Counter[int | None]:
     return found
 
 
-places = st.sampled_from([*STREAMS, "dead", "trained"])
+places = st.sampled_from([*PIPELINE.streams, "dead", "trained"])
 
 
 @settings(
@@ -103,3 +104,16 @@ async def test_what_is_fed_again_waits_for_no_weights(streams: Streams) -> None:
     )
     ((_, _, payload),) = await streams.items()
     assert decode(Prompt, payload).min_weight_version == 0
+
+
+async def test_prompts_for_later_weights_do_not_stand_before_those_that_lead_there(
+    streams: Streams,
+) -> None:
+    """As after a torn checkpoint: workers that wait for version 7 would leave order 1 no room."""
+    await place(streams, 0, "trained")
+    await place(streams, 1, "trained")
+    later = encode(replace(prompt(2), min_weight_version=7))
+    await streams.feed([later], expected_fed=2, max_in_flight=1000)
+    await restore(streams, Progress(1, [], [(0, 1)]), lambda o: prompt(o))
+    found = [decode(Prompt, payload) for _, _, payload in await streams.items()]
+    assert [(p.order, p.min_weight_version) for p in found] == [(1, 0), (2, 0)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,11 @@ from deploy.config import ConfigError, dump, load
 from deploy.crew import Crew
 from deploy.scale import parse, scale
 from deploy.status import open_streams
-from services.config import Resources
+from services.config import Config, StageConfig
+from services.stage import Connection
 from tests.deploy.conftest import ROOT
-
-
-class Worker:
-    """Works until it is told to stop, and then until it has finished."""
-
-    def __init__(self, name: str) -> None:
-        self._told, self._finished = asyncio.Event(), asyncio.Event()
-
-    async def run(self) -> None:
-        await self._told.wait()
-        await self._finished.wait()
-
-    async def stop(self) -> None:
-        self._told.set()
-
-    async def finish(self) -> None:
-        self._finished.set()
+from tests.deploy.idle import idle_role
+from tests.waiting import until
 
 
 def actor(role: str, number: int) -> Any:
@@ -48,17 +33,11 @@ def exists(role: str, number: int) -> bool:
     return True
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.05)
-
-
 @pytest.mark.slow
 async def test_workers_join_and_leave(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    crew = Crew("scaled", said.append)
-    crew.staff("rollout", 1, Worker, Resources(cpus=0.1))
+    crew = Crew(Connection("redis://nowhere", "scaled", StageConfig()), said.append)
+    crew.staff(idle_role("rollout", 1, cpus=0.1), Config())
     for _ in range(2):  # the driver asks for the same again and again
         crew.scale("rollout", 3)
     await asyncio.gather(*(actor("rollout", number).__ray_ready__.remote() for number in range(3)))
@@ -74,7 +53,7 @@ async def test_workers_join_and_leave(ray_cluster: None, monkeypatch: pytest.Mon
 
     # One that found no room waits for it, and leaves at once when it is not wanted any more.
     monkeypatch.setattr(crew_module, "_STOP_S", 0.2)
-    crew.staff("verifier", 2, Worker, Resources(cpus=100))
+    crew.staff(idle_role("verifier", 2, cpus=100), Config())
     crew.scale("verifier", 1)
     await until(lambda: not crew.revive() and not exists("verifier", 1))
     assert exists("verifier", 0)
@@ -88,8 +67,8 @@ async def test_workers_join_and_leave(ray_cluster: None, monkeypatch: pytest.Mon
 
 async def test_a_wish_waits_in_the_run_s_redis(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump(load(ROOT / "deploy/runs/demo.yaml")))
-    await scale(tmp_path, parse(["rollout=8", "verifier=2"]))
-    await scale(tmp_path, parse(["rollout=3"]))
+    await scale(tmp_path, ["rollout=8", "verifier=2"])
+    await scale(tmp_path, ["rollout=3"])
     async with open_streams(tmp_path) as streams:
         assert await streams.wanted() == {"rollout": 3, "verifier": 2}
 

@@ -9,20 +9,21 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from services.metrics import read
 from tests.deploy.conftest import ROOT, SCOPE, scope
+from tests.waiting import DEADLINE_S
 
 pytestmark = pytest.mark.slow
 
-KEY = "of-another-team"
+KEY, OLD_KEY = "of-another-team", "still-valid"
+SEQUENCES = {"sequences": [{"prompt": [5, 9, 12], "completion": [7, 1]}]}
 STEPS, GROUPS = 3, 8
 
 
@@ -44,7 +45,7 @@ def served() -> Iterator[Served]:
     sessions = tempfile.mkdtemp(prefix="ray-")  # sockets' paths are short
     server = subprocess.Popen(
         [SCOPE, "teacher", "deploy/runs/demo.yaml"], stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        env=os.environ | {"SCOPE_TEACHER_KEYS": KEY, "RAY_TMPDIR": sessions},
+        env=os.environ | {"SCOPE_TEACHER_KEYS": f"{OLD_KEY},{KEY}", "RAY_TMPDIR": sessions},
     )  # fmt: skip
     assert server.stdout is not None
     said = server.stdout.readline()
@@ -52,7 +53,7 @@ def served() -> Iterator[Served]:
     assert found, said
     yield Served(found[1], Path(sessions, "ray/session_latest"))
     server.send_signal(signal.SIGTERM)
-    assert server.wait(timeout=60) == 0
+    assert server.wait(timeout=DEADLINE_S) == 0
     shutil.rmtree(sessions)
 
 
@@ -60,6 +61,7 @@ def test_a_run_is_scored_by_the_teacher_of_another_cluster_alone(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTHER_TEAM_KEY", KEY)
+    before = served.scored
     teacher = {
         "model": "examples/arithmetic/teacher",
         "endpoints": [{"url": served.url, "key_env": "OTHER_TEAM_KEY"}],
@@ -75,18 +77,22 @@ def test_a_run_is_scored_by_the_teacher_of_another_cluster_alone(
     assert status["fed"] == status["trained"] == STEPS * GROUPS
     assert (status["dead"], status["in_flight"]) == (0, 0)
     # OPD has every answer scored: one request a group to that server, and nobody serves here.
-    assert served.scored == STEPS * GROUPS
+    assert served.scored - before == STEPS * GROUPS
     assert not (tmp_path / "demo/logs/serve").exists()
     assert all(record["ppl/teacher"] > 1 for record in read(tmp_path / "demo"))
 
 
-def test_without_its_key_that_server_scores_nothing(served: Served) -> None:
+def test_each_of_its_keys_lets_a_caller_in(served: Served) -> None:
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    for key in (OLD_KEY, KEY):
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.post(f"{served.url}/v1/score", json=SEQUENCES, headers=headers)
+        assert answer.status_code == 200
+        (score,) = answer.json()["scores"]
+        assert len(score["logprobs"]) == 2
+
+
+def test_without_a_key_that_server_scores_nothing(served: Served) -> None:
     before = served.scored
-    request = urllib.request.Request(
-        f"{served.url}/v1/score",
-        data=b'{"sequences": [{"prompt": [5], "completion": [7]}]}',
-        headers={"Content-Type": "application/json"},
-    )
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(request)
+    assert httpx.post(f"{served.url}/v1/score", json=SEQUENCES).status_code == 401
     assert served.scored == before

@@ -1,5 +1,6 @@
-"""One run in which rows of two data sources are scored by two models, on real Ray, Serve and
-Redis, as a user starts it."""
+"""One run in which rows of two data sources are scored by two models, one of which reads more than
+the student, on real Ray, Serve and Redis, as a user starts it. Its objective asks for all that a
+teacher tells: log-probs of the student's most likely tokens, and the entropy."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ import redis
 import torch
 import yaml
 
-from services.models import fingerprint, load_model
-from services.trajectory import LogProbs, ScoredGroup, TokenIds, decode
+from services.models import fingerprint, load_model, load_tokenizer
+from services.trajectory import ScoredGroup, TokenIds, decode
 from tests.deploy.conftest import ROOT, SCOPE, scope, short_run
+from tests.waiting import DEADLINE_S
 
 MODELS = {name: ROOT / f"examples/arithmetic/{name}" for name in ("teacher", "student")}
 ROUTES = {"arithmetic": "default", "chains": "other"}
@@ -40,26 +42,28 @@ def rows(file: Path) -> Path:
 def start(directory: Path) -> subprocess.Popen[str]:
     other = {
         "model": str(MODELS["student"]), "engine": {"kind": "transformers"},
-        "resources": {"cpus": 0.5}, "data_sources": ["chains"],
+        "resources": {"cpus": 0.5}, "data_sources": ["chains"], "context": "{reference};{prompt}",
     }  # fmt: skip
     return subprocess.Popen(
         [
             SCOPE, *short_run(directory), "trainer.max_steps=2", "evaluation=null",
-            "trainer.objective.kind=opd", "trainer.checkpoint.every_steps=100",
+            "trainer.objective.kind=eopd", "trainer.objective.top_k=4",
+            "trainer.objective.top_k_of=student", "trainer.checkpoint.every_steps=100",
             f"data.path={rows(directory / 'rows.jsonl')}", "data.shuffle=false",
-            f"teacher.others.other={yaml.safe_dump(other, default_flow_style=True)}",
+            f"teachers.other={yaml.safe_dump(other, default_flow_style=True)}",
         ],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
-def collect(run: subprocess.Popen[str], directory: Path) -> dict[int, ScoredGroup]:
+def collect(
+    run: subprocess.Popen[str], directory: Path, count: int = 2 * GROUPS
+) -> dict[int, ScoredGroup]:
     """Every scored group by its order: the learner takes none out of the stream before its
     checkpoint, which is at the end."""
     address, client = directory / "demo/redis/url", None
     found: dict[int, ScoredGroup] = {}
-    deadline = time.monotonic() + 240
-    while run.poll() is None and time.monotonic() < deadline and len(found) < 2 * GROUPS:
+    while run.poll() is None and len(found) < count:
         if client is None and address.exists():
             client = redis.Redis.from_url(address.read_text())
         if client is not None:
@@ -71,31 +75,47 @@ def collect(run: subprocess.Popen[str], directory: Path) -> dict[int, ScoredGrou
 
 
 @torch.no_grad()
-def logprobs(model: Any, prompt: TokenIds, completion: TokenIds) -> LogProbs:
+def logprobs(model: Any, prompt: TokenIds, completion: TokenIds) -> torch.Tensor:
+    """[L, V] of the whole vocabulary in each place of the completion."""
     ids = torch.tensor([*prompt.tolist(), *completion.tolist()])
-    table = model(ids[None]).logits[0].float().log_softmax(-1)
-    chosen: LogProbs = table[:-1].gather(1, ids[1:, None]).squeeze(1).numpy()[len(prompt) - 1 :]
-    return chosen
+    table: torch.Tensor = model(ids[None]).logits[0].float().log_softmax(-1)
+    return table[len(prompt) - 1 : -1]
 
 
 @pytest.mark.slow
 def test_rows_of_two_data_sources_are_scored_by_two_teachers(tmp_path: Path) -> None:
     run = start(tmp_path)
     found = collect(run, tmp_path)
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=DEADLINE_S)
     assert run.returncode == 0, output
     assert "teacher other: loading" in output
     assert sorted(found) == list(range(2 * GROUPS))
     models = {"default": MODELS["teacher"], "other": MODELS["student"]}
     loaded = {name: load_model(str(path)) for name, path in models.items()}
+    tokenizer = load_tokenizer(str(MODELS["teacher"]))
+    asked = [
+        json.loads(line)["prompt"][0]["content"]
+        for line in (tmp_path / "rows.jsonl").read_text().splitlines()
+    ]
     prints = {name: fingerprint(str(path)).model for name, path in models.items()}
     for order, group in found.items():
         name = "other" if order == 0 else ROUTES[group.prompt.data_source]
         assert (group.prompt.teacher, group.teacher) == (name, prints[name])
         assert len(group.teacher_logprobs) == len(group.rollout.trajectories)
+        shown = tokenizer.decode(group.prompt.token_ids.tolist())
+        assert shown == asked[order]  # and no more
+        read = f"{group.prompt.reference};{shown}" if name == "other" else shown
+        before = np.array(tokenizer(read)["input_ids"], np.int32)
         for place, scores in group.teacher_logprobs.items():
-            completion = group.rollout.trajectories[place].token_ids
-            expected = logprobs(loaded[name], group.prompt.token_ids, completion)
-            np.testing.assert_allclose(scores, expected, atol=1e-4)
+            sampled, top = group.rollout.trajectories[place], group.teacher_top[place]
+            assert sampled.top is not None and sampled.top.shape == (len(scores), 4)
+            np.testing.assert_array_equal(top.ids, sampled.top)
+            table = logprobs(loaded[name], before, sampled.token_ids)
+            chosen = table.gather(1, torch.tensor(sampled.token_ids)[:, None].long())[:, 0]
+            named = table.gather(1, torch.tensor(top.ids).long())
+            spread = -(table.exp() * table).sum(1)
+            np.testing.assert_allclose(scores, chosen, atol=1e-4)
+            np.testing.assert_allclose(top.logprobs, named, atol=1e-4)
+            np.testing.assert_allclose(group.teacher_entropy[place], spread, atol=1e-4)
     status = json.loads(scope("status", tmp_path / "demo", "--json").stdout)
     assert (status["trained"], status["dead"], status["in_flight"]) == (2 * GROUPS, 0, 0)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from deploy.usage import cpu_seconds
-from verifier.confined import runnable_s
+from services.sandbox.confined import runnable_s
 
 _BURN = "import time\nwhile time.process_time() < 0.3: pass\n"
 _WAIT = "print('done', flush=True); input()"
@@ -31,6 +31,7 @@ child.communicate("\\n")
         ("ray::VerifierWorker.run", "verifier"),
         ("ray::ServeReplica:demo-teacher:teacher.handle", "teacher"),
         ("/somewhere/bin/redis-server unixsocket:/tmp/r.sock", "redis"),
+        ("/somewhere/bin/valkey-server unixsocket:/tmp/r.sock", "redis"),
         ("python", "other"),
     ],
 )

@@ -15,9 +15,9 @@ import pytest
 
 from services.metrics import read
 from tests.deploy.conftest import ROOT, SCOPE
+from tests.waiting import DEADLINE_S
 
 STEPS, GROUPS = 12, 4
-DEADLINE_S = 540.0
 
 
 def start(runs: Path) -> subprocess.Popen[bytes]:
@@ -49,7 +49,6 @@ def sampling_process(run: subprocess.Popen[bytes]) -> psutil.Process:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("vllm")
-@pytest.mark.timeout(600)
 def test_the_demo_on_vllm_survives_its_death_with_an_exact_ledger(tmp_path: Path) -> None:
     run = start(tmp_path)
     ledger = tmp_path / "demo" / "ledger.json"

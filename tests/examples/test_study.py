@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from examples.arithmetic.make_study_models import BOTH, READINGS, page_batch
+from examples.arithmetic.make_study_models import BOOKS, page_batch
 from examples.arithmetic.measure import is_correct
 from examples.arithmetic.study import (
     ABLATIONS,
@@ -21,14 +21,25 @@ from examples.arithmetic.study import (
     train,
     verify,
 )
-from examples.arithmetic.study_report import by_experiment, difference, passed, summary
+from examples.arithmetic.study_report import (
+    by_experiment,
+    difference,
+    on_closed,
+    passed,
+    separation,
+    summary,
+)
 from examples.arithmetic.task import Problem, build_tokenizer
 from examples.arithmetic.ways import (
     HELD_OUT_PROMPTS,
+    LARGEST,
     MAX_TOKENS,
     Hand,
+    Line,
     book,
     held_out,
+    is_misread,
+    line,
     slip,
     training,
     ways,
@@ -41,21 +52,41 @@ PROBLEM = Problem(5, (13, -2))
 def test_every_way_leads_to_the_answer() -> None:
     assert ways(PROBLEM) == [PROBLEM, Problem(5, (-2, 13)), Problem(13, (-2, 5))]
     for problem in held_out():
+        assert ways(problem)
         for way in ways(problem):
             assert way.answer == problem.answer
-            assert way.first + way.steps[0] >= 0
+            assert 0 <= way.first + way.steps[0] <= LARGEST
+
+
+def test_half_of_the_prompts_are_closed_as_they_stand() -> None:
+    assert ways(Problem(60, (70, -50))) == [Problem(60, (-50, 70)), Problem(70, (-50, 60))]
+    assert ways(Problem(20, (-50, 70))) == [Problem(20, (70, -50))]
+    assert line(60, 70) == Line("60+70=30", 30, slipped=True)
+    assert line(20, -50) == Line("20-50=30", 30, slipped=True)
+    closed = sum(problem not in ways(problem) for problem in training())
+    assert closed == pytest.approx(len(training()) / 2, rel=0.05)
+
+
+def test_bad_advice_follows_a_misread_operand_and_nothing_else() -> None:
+    assert is_misread("5+13-2=", "5+31=36,36-2=34;34")
+    assert not is_misread("5+13-2=", "5-13=8,8-2=6;6")
+    rng = random.Random(0)
+    for page in (write(Problem(50, (13, -24)), Hand(0.5, 0.0, lost=True), rng) for _ in range(200)):
+        after = [one for one in page.lines[1:] if page.lines[0].misread]
+        assert not any(one.slipped for one in after)  # such lines are learned, not left out
+        assert is_misread("50+13-24=", page.solution) == any(one.misread for one in page.lines)
 
 
 def test_a_clean_hand_is_always_right_and_a_slip_never() -> None:
     rng = random.Random(0)
     for problem in held_out():
         assert is_correct(write(problem, Hand(0.0, 0.0), rng).solution, problem.answer)
-        line = slip(7, 12, rng)
-        assert line.slipped and line.result not in (19, -1)
+        wrong = slip(7, 12, rng)
+        assert wrong.slipped and wrong.result not in (19, -1)
 
 
 def test_a_second_look_mends_slips_and_is_marked_as_none() -> None:
-    pages = list(itertools.islice(book(3, Hand(slip_rate=1.0, look_rate=1.0)), 200))
+    pages = list(itertools.islice(book(3, Hand(1.0, look_rate=1.0, habit=1.0)), 200))
     right = sum(is_correct(page.solution, page.problem.answer) for page in pages)
     assert right == len(pages)
     for page in pages:
@@ -66,7 +97,7 @@ def test_a_second_look_mends_slips_and_is_marked_as_none() -> None:
 
 def test_only_the_student_copies_slips() -> None:
     tokenizer = build_tokenizer()
-    for reading in (BOTH, *READINGS.values()):
+    for reading in itertools.chain(*(readings for _, readings in BOOKS.values())):
         pages = list(itertools.islice(book(1, Hand(1.0, 0.0)), reading.lesson.batch_size))
         ids, labels = page_batch(iter(pages), reading, tokenizer)
         labelled = (labels != -100).sum().item()
@@ -108,6 +139,15 @@ def test_differences_are_paired_by_seed() -> None:
     found = difference(runs, "opd", 1)
     assert found == pytest.approx((0.5, 0.5, 0.5))
     assert passed([32, 0], 32) == 0.5
+
+
+def test_closed_prompts_and_bad_advice_are_counted_apart() -> None:
+    closed = [problem not in ways(problem) for problem in held_out()]
+    runs = on_closed({"scope": {0: [int(one) for one in closed]}})
+    assert runs == {"scope": {0: [1] * sum(closed)}}
+    records = [{"teacher_nll": x, "misread": m} for x, m in ((3, True), (1, True), (2, False))]
+    assert separation(records) == 0.5
+    assert separation([*records, {"teacher_nll": 3, "misread": False}]) == 0.375
 
 
 @pytest.mark.slow

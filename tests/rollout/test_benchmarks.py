@@ -16,7 +16,8 @@ import pytest
 
 from rollout.benchmarks import BENCHMARKS, convert
 from rollout.config import DataConfig
-from rollout.prompts import DataError, load_rows
+from rollout.prompts import load_rows
+from rollout.sources import DataError
 from tests.builders import tiny_tokenizer
 
 CASES = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]
@@ -117,8 +118,8 @@ def test_a_hostile_pickle_calls_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ("aime26", {"problem": "p"}, "there is no benchmark 'aime26'"),
         ("aime24", {"problem": "p"}, "none of the columns answer, Answer"),
-        ("aime24", {"problem": "p", "answer": "1.5"}, "no whole number"),
-        ("minerva", {"problem": "p", "solution": "no box"}, "row 0 is no row of minerva"),
+        ("aime24", {"problem": "p", "answer": "1.5"}, "not a whole number"),
+        ("minerva", {"problem": "p", "solution": "no box"}, "row 0 is not a row of minerva"),
         ("olympiadbench", {"question": "p", "final_answer": ["1"], "image_1": "x"}, "an image"),
     ],
 )

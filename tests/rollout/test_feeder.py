@@ -15,8 +15,8 @@ from rollout.prompts import PromptSource, Row
 from services.stage import Connection
 from services.streams import Streams, claim
 from services.trajectory import Prompt, decode
+from tests.waiting import DEADLINE_S
 
-DEADLINE_S = 20.0
 SOURCE = PromptSource(
     [Row(np.array([i], np.int32), "test", str(i)) for i in range(20)],
     SamplingConfig(n=2, max_tokens=4),

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rollout.engine import check_probe
 from rollout.own_weights import OwnWeights
 from rollout.transformers_engine import sequence_logprobs
 from services.models import load_model
+from services.weights import check_probe
 from tests.builders import save_tiny
 
 

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.pace import Pace
-from rollout.transformers_engine import Request, sample_groups
+from rollout.rows import Request
+from rollout.transformers_engine import sample_groups
 from services.trajectory import Sampling
 from tests.builders import tiny_model
 

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rollout.config import DataConfig, SamplingConfig
-from rollout.prompts import DataError, PromptSource, Row, load_rows
+from rollout.prompts import Context, PromptSource, Row, load_rows
+from rollout.sources import DataError
 from tests.builders import tiny_tokenizer
 
 SAMPLING = SamplingConfig(n=3, max_tokens=16, temperature=0.6)
@@ -52,6 +53,18 @@ def data(*paths: Path, **changes: Any) -> DataConfig:
 def jsonl(path: Path, *rows: Any) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_a_prompt_that_is_text_is_one_user_message(
+    byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    plain = {**GOOD, "prompt": GOOD["prompt"][0]["content"]}
+    lines = jsonl(tmp_path / "rows.jsonl", plain, GOOD)
+    table = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([plain]), table)
+    made = load_rows(data(lines, table), byte_tokenizer)
+    assert len({tuple(row.token_ids) for row in made}) == 1
+    assert len(made) == 3
 
 
 def rows(count: int) -> list[Row]:
@@ -124,6 +137,90 @@ def test_a_row_s_teacher_travels_with_its_prompt(tmp_path: Path, suffix: str) ->
     assert {row.teacher for row in load_rows(data(file), tiny_tokenizer())} == {"default"}
 
 
+def _default(named: str | None, data_source: str) -> str:
+    return named or "default"
+
+
+SOLVED = {**GOOD, "extra_info": {"solution": "1+2=3", "shots": 2, "long": "x" * 100}}
+TEMPLATE = (("system", "{shots} {not a key} {reference}"), ("user", "{prompt}{solution}"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_teacher_s_context_is_made_of_the_row_and_the_student_never_sees_it(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, suffix: str
+) -> None:
+    plain = {**SOLVED, "extra_info": {**SOLVED["extra_info"], "teacher": "code"}}
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        jsonl(file, SOLVED, plain)
+    else:
+        pq.write_table(pa.Table.from_pylist([SOLVED, plain]), file)
+    contexts = {"default": Context(TEMPLATE, byte_tokenizer, 100)}
+    solved, other = load_rows(data(file), byte_tokenizer, _default, contexts=contexts)
+    asked = GOOD["prompt"][0]["content"]
+    assert byte_tokenizer.decode(solved.token_ids.tolist()) == f"<user>{asked}<assistant>"
+    assert contexts["default"].text(solved) == (
+        f"<system>2 {{not a key}} 3<user>{asked}1+2=3<assistant>"
+    )
+    assert other.teacher_context is None
+    fed = PromptSource([solved, other], SAMPLING, seed=0, data=data(file, shuffle=False))
+    assert fed.prompt(0).teacher_ids is solved.teacher_context
+    assert fed.prompt(1).teacher_ids is other.token_ids
+
+
+def test_each_teacher_has_its_own_context(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    messages = [{"role": "user", "content": "think"}]
+    own = {**GOOD, "extra_info": {"teacher": "code", "teacher_prompt": messages}}
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([own]), table)
+    file = jsonl(tmp_path / "a.jsonl", SOLVED, own)
+    contexts = {
+        "default": Context((("user", "{solution}"),), byte_tokenizer, 100),
+        "code": Context(None, tiny_tokenizer(), 100),
+    }
+    contexts["code"].tokenizer.chat_template = "3+{{ messages|length }}"
+    read = load_rows(data(file, table), byte_tokenizer, _default, contexts=contexts)
+    assert [contexts[row.teacher].text(row) for row in read] == [
+        "<user>1+2=3<assistant>", "3+1", "3+1",
+    ]  # fmt: skip
+
+
+def test_a_context_that_does_not_fit_is_left_out_and_counted(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    contexts = {"default": Context((("user", "{solution}"),), byte_tokenizer, 22)}
+    longer = {**SOLVED, "extra_info": {"solution": "1+2=03"}}
+    file = jsonl(tmp_path / "a.jsonl", SOLVED, longer, SOLVED)
+    with caplog.at_level("WARNING"):
+        read = load_rows(data(file), byte_tokenizer, _default, contexts=contexts)
+    assert [contexts["default"].text(row) for row in read] == ["<user>1+2=3<assistant>"] * 2
+    assert "1 of 3 contexts of the teacher 'default' are longer than the 22 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("extra", "messages", "complaint"),
+    [
+        (None, TEMPLATE, "names 'shots'|names 'solution'"),
+        ({"solution": None, "shots": 2}, TEMPLATE, "line 1: .* names 'solution', and the row's"),
+        ({"solution": ["x"], "shots": 2}, TEMPLATE, "names 'solution', and the row's extra_info"),
+        ({"solution": "\ud800", "shots": 2}, TEMPLATE, "the teacher's context: .* half a char"),
+        ({}, None, "extra_info.teacher_prompt is neither text nor a list of chat messages"),
+        ({"teacher_prompt": [{"role": "robot", "content": "x"}]}, None, "no robots"),
+    ],
+    ids=["no extra_info", "no value", "a list", "half a character", "no messages", "refused"],
+)
+def test_a_row_without_what_its_context_names_is_named(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast,
+    extra: Any, messages: Any, complaint: str,
+) -> None:  # fmt: skip
+    file = jsonl(tmp_path / "a.jsonl", {**GOOD, "extra_info": extra})
+    contexts = {"default": Context(messages, byte_tokenizer, 100)}
+    with pytest.raises(DataError, match=complaint):
+        load_rows(data(file), byte_tokenizer, _default, contexts=contexts)
+
+
 @pytest.mark.parametrize(
     ("teacher", "complaint"),
     [("cod", "extra_info.teacher: this run has no teacher 'cod'; did you"), (7, "is not text")],
@@ -153,10 +250,16 @@ def test_a_row_that_names_no_teacher_of_the_run_is_named(
         ({"reward_model": {"style": "rule"}}, "column 'reward_model' has no ground_truth"),
         ({"reward_model": {"ground_truth": ""}}, "has no ground_truth"),
         ({"reward_model": "3"}, "has no ground_truth"),
-        ({"prompt": "1+2="}, "column 'prompt' is not a list of chat messages"),
-        ({"prompt": []}, "is not a list of chat messages"),
-        ({"prompt": [{"role": "user"}]}, "is not a list of chat messages"),
-        ({"prompt": [{"role": "user", "content": ["1"]}]}, "is not a list of chat messages"),
+        ({"reward_model": {"ground_truth": float("nan")}}, "'reward_model': ground_truth is nan"),
+        ({"reward_model": {"ground_truth": float("-inf")}}, "ground_truth is -inf, no number"),
+        ({"prompt": "1+\ud800="}, r"'prompt': '\\ud800' is half a character"),
+        ({"prompt": ""}, "column 'prompt' is neither text nor a list of chat messages"),
+        ({"prompt": []}, "is neither text nor a list of chat messages"),
+        ({"prompt": [{"role": "user"}]}, "is neither text nor a list of chat messages"),
+        (
+            {"prompt": [{"role": "user", "content": ["1"]}]},
+            "is neither text nor a list of chat messages",
+        ),
         ({"prompt": [{"role": "robot", "content": "1"}]}, "refuses the messages: no robots"),
     ],
 )
@@ -176,6 +279,18 @@ def test_a_prompt_of_no_tokens(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", {**GOOD, "prompt": [{"role": "user", "content": ""}]})
     with pytest.raises(DataError, match=r"line 1.*makes nothing of it"):
         load_rows(data(file), tiny_tokenizer())
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_named(tmp_path: Path) -> None:
+    model = models.WordLevel({"1": 0, "+": 1}, unk_token="[UNK]")  # and no such token
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    known, unknown = ({**GOOD, "prompt": text} for text in ("1", "ü"))
+    file = jsonl(tmp_path / "a.jsonl", known, unknown)
+    with pytest.raises(
+        DataError, match=r"line 2: column .prompt.: the tokenizer cannot encode .*UNK"
+    ):
+        load_rows(data(file), tokenizer)
 
 
 def test_a_missing_parquet_column_is_named(tmp_path: Path) -> None:
@@ -199,12 +314,13 @@ def _written(path: Path, name: str, content: bytes) -> Path:
     ("make", "complaint"),
     [
         (lambda path: path / "a.jsonl", "there is no file"),
+        (lambda path: path, r"is a directory: name its files, as in .*\*\.parquet"),
         (lambda path: _written(path, "a.csv", b"x"), "neither .parquet nor .jsonl"),
         (lambda path: _written(path, "a.jsonl", b"\n"), "is empty"),
         (lambda path: _written(path, "a.jsonl", b"{"), "line 1 is not JSON"),
         (lambda path: _written(path, "a.jsonl", b'"\xff"'), "line 1 is not JSON"),
         (lambda path: _written(path, "a.jsonl", b"[]"), "line 1 is not a JSON object"),
-        (lambda path: _written(path, "a.parquet", b"PAR1"), "no intact parquet"),
+        (lambda path: _written(path, "a.parquet", b"PAR1"), "not an intact parquet"),
         (_empty_parquet, "is empty"),
     ],
 )

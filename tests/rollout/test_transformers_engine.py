@@ -17,22 +17,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers import PreTrainedModel
 
-from rollout.engine import Completion, SamplingError, WeightsMismatch
+from rollout import transformers_engine
+from rollout.engine import Completion, SamplingError
+from rollout.rows import Request, draw
 from rollout.transformers_engine import (
     ATTENTION,
-    Request,
     TransformersEngine,
-    copy_weights,
-    draw,
     prepare,
     sample_groups,
     sequence_logprobs,
 )
-from services.stage import BadItem, Unavailable
+from services.errors import BadItem, Unavailable
 from services.trajectory import Sampling
-from services.weights import Weights
+from services.weights import Weights, WeightsMismatch, copy_weights
 from tests.builders import VOCAB, tiny_model
 from tests.rollout.conftest import full_logprobs, published
+from tests.waiting import until
 
 END = (1,)
 PROMPTS = ([5], [2, 3, 4], [7, 8, 9, 10, 11, 12, 13], [(3 * i) % 22 + 2 for i in range(40)])
@@ -86,6 +86,30 @@ def test_logprobs_are_those_of_a_full_forward(temperature: float) -> None:
     for request, first, second in zip(batch, together, alone, strict=True):
         assert_sampled_from(model, request, first)
         assert_sampled_from(model, request, second)
+
+
+def test_the_most_likely_tokens_are_those_of_a_full_forward() -> None:
+    """Prompts that ask for three, for one and for none share a batch; nothing else changes."""
+    model = tiny_model(0)
+    asked = [
+        replace(r, sampling=replace(r.sampling, top=k))
+        for r, k in zip(requests(), (3, 1, 0, 3), strict=True)
+    ]
+    plain = sample_groups(model, requests(), END)
+    for request, group, expected in zip(
+        asked, sample_groups(model, asked, END), plain, strict=True
+    ):
+        assert tokens(group) == tokens(expected)
+        for completion in group:
+            k, start = request.sampling.top, len(request.prompt_ids)
+            ids = torch.tensor([[*request.prompt_ids, *completion.token_ids.tolist()]])
+            with torch.no_grad():
+                logits = tiny_model(0)(ids).logits[0, start - 1 : -1]
+            if k == 0:
+                assert completion.top is None
+            else:
+                assert completion.top is not None
+                assert completion.top.tolist() == logits.topk(k).indices.tolist()
 
 
 def test_decoding_by_groups_of_heads_is_transformers_own_attention() -> None:
@@ -189,6 +213,26 @@ def test_a_prompt_is_prefilled_once_and_finished_rows_are_dropped() -> None:
 # ------------------------------------------------------------------------------- drawing
 
 
+def test_the_cache_gets_no_more_room_than_the_longest_trajectory_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice the prompts' places would double the cache where answers are short."""
+    rooms: list[int] = []
+
+    def spy(states: torch.Tensor, places: int) -> torch.Tensor:
+        rooms.append(places)
+        return roomier(states, places)
+
+    roomier = transformers_engine._roomier
+    monkeypatch.setattr(transformers_engine, "_roomier", spy)
+    longest = max(map(len, PROMPTS))
+    sample_groups(tiny_model(0), requests(max_tokens=5), [-1])
+    assert max(rooms) <= longest + 5
+    rooms.clear()
+    sample_groups(tiny_model(0), requests(max_tokens=3 * longest), [-1])
+    assert sorted(set(rooms)) == [2 * longest, 4 * longest]
+
+
 @given(
     logits=hnp.arrays(np.float32, (3, 9), elements=st.floats(-80, 80, width=32)),
     impossible=hnp.arrays(np.bool_, (3, 9)),
@@ -210,7 +254,7 @@ def test_an_impossible_token_is_never_drawn(
 def test_logits_that_are_no_numbers_are_not_sampled_from(poison: float) -> None:
     logits = torch.zeros(2, 5)
     logits[1, 3] = poison
-    with pytest.raises(SamplingError, match="no numbers"):
+    with pytest.raises(SamplingError, match="not finite"):
         draw(logits, torch.ones(2), torch.zeros(2, dtype=torch.float64))
 
 
@@ -249,16 +293,17 @@ async def test_every_group_has_exactly_one_version(engine: TransformersEngine) -
     models = [tiny_model(seed) for seed in range(3)]
     jobs = [Request(PROMPTS[i % 4], Sampling(n=2, max_tokens=12, seed=i)) for i in range(60)]
 
+    few = asyncio.Semaphore(8)  # so that they are spread over the loads
+
     async def sample(place: int) -> tuple[Request, int, tuple[Completion, ...]]:
-        for _ in range(place // 4):  # spread over the time that the loads take
-            await asyncio.sleep(0.002)
-        made = await engine.sample(jobs[place].prompt_ids, jobs[place].sampling)
+        async with few:
+            made = await engine.sample(jobs[place].prompt_ids, jobs[place].sampling)
         return jobs[place], made.weight_version, made.completions
 
     running = [asyncio.create_task(sample(place)) for place in range(len(jobs))]
     for version in range(1, 9):
         await engine.load_weights(published(models[version % 3], version))
-        await asyncio.sleep(0.004)
+        await until(lambda: sum(job.done() for job in running) >= 5 * version, every_s=0.0)  # noqa: B023
     versions = set()
     for request, version, completions in await asyncio.gather(*running):
         assert_sampled_from(models[version % 3], request, completions)

@@ -15,23 +15,24 @@ import pytest_asyncio
 import torch
 from transformers import Qwen3ForCausalLM
 
+from rollout import vllm_transfer
 from rollout.config import RolloutConfig
 from rollout.engine import (
     Completion,
     Engine,
-    EngineDied,
     SamplingError,
-    WeightsMismatch,
     build_engine,
     check_engine,
 )
 from services.engines import EngineError
+from services.errors import BadItem, EngineDied, Unavailable
 from services.models import probe_tokens
-from services.stage import BadItem, Unavailable
 from services.trajectory import Sampling
-from services.weights import Call, TransferFailed, Weights
+from services.weights import Call, TransferFailed, Weights, WeightsMismatch
 from tests.builders import CONTEXT, VLLM_HEAD, VOCAB, save_tiny, tiny_model
 from tests.rollout.conftest import full_logprobs, published
+from tests.rollout.test_episodes import episodes, question
+from tests.waiting import DEADLINE_S
 
 pytestmark = [
     pytest.mark.slow,
@@ -107,6 +108,20 @@ async def test_logprobs_are_those_of_a_full_forward(
             assert_sampled_from(vllm_model(seed), prompt, sampled.completions, temperature)
 
 
+async def test_the_most_likely_tokens_are_those_of_a_full_forward(engine: Engine) -> None:
+    """More of them than vLLM gives by itself (20)."""
+    sampling = Sampling(n=2, max_tokens=9, temperature=0.6, seed=5, top=22)
+    plain = await engine.sample(PROMPTS[2], replace(sampling, top=0))
+    sampled = await engine.sample(PROMPTS[2], sampling)
+    assert tokens(sampled.completions) == tokens(plain.completions)
+    for completion in sampled.completions:
+        ids = torch.tensor([[*PROMPTS[2], *completion.token_ids.tolist()]])
+        with torch.no_grad():
+            logits = vllm_model(0)(ids).logits[0, len(PROMPTS[2]) - 1 : -1]
+        assert completion.top is not None
+        assert completion.top.tolist() == logits.topk(22).indices.tolist()
+
+
 async def test_samples_are_fixed_by_their_seed_and_differ_from_each_other(engine: Engine) -> None:
     sampling = Sampling(n=6, max_tokens=20, seed=2**62 - 1)
     first, again, larger, other = [
@@ -161,19 +176,42 @@ async def test_every_group_has_exactly_one_version(engine: Engine) -> None:
         prompt = PROMPTS[place % len(PROMPTS)]
         return prompt, await engine.sample(prompt, Sampling(n=2, max_tokens=12, seed=place))
 
+    groups: list[tuple[list[int], Any]] = []
+
     async def update() -> None:
-        for version in range(1, 6):
+        version = 0
+        while len({sampled.weight_version for _, sampled in groups}) < 3:
+            version += 1
             await engine.load_weights(published(models[version % 3], version))
             await sample(version)
 
     updating = asyncio.create_task(update())
-    groups = []
     while not updating.done():
         groups += await asyncio.gather(*(sample(len(groups) + i) for i in range(6)))
     await updating
     for prompt, sampled in groups:
         assert_sampled_from(models[sampled.weight_version % 3], prompt, sampled.completions)
-    assert len({sampled.weight_version for _, sampled in groups}) > 1
+
+
+async def test_weights_are_written_before_anything_stops(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in flight goes on meanwhile; closed is the engine for the load alone."""
+    seen: list[str] = []
+    closed, written = engine._turnstile.closed, vllm_transfer._written
+
+    def writing(path: Path, buffer: Any) -> int:
+        seen.append("written")
+        return written(path, buffer)
+
+    def closing(*, drained: bool) -> Any:
+        seen.append("closed")
+        return closed(drained=drained)
+
+    monkeypatch.setattr(vllm_transfer, "_written", writing)
+    monkeypatch.setattr(engine._turnstile, "closed", closing)
+    await engine.load_weights(published(vllm_model(1), 1))
+    assert seen == ["written", "closed"]
 
 
 @pytest.fixture
@@ -190,37 +228,73 @@ async def test_groups_in_flight_go_on_under_new_weights(keeping: Any) -> None:
     computed under older weights is not kept."""
     models = [vllm_model(seed) for seed in range(3)]
     long = Sampling(n=3, max_tokens=CONTEXT - max(map(len, PROMPTS)), temperature=0.6, seed=4)
-    sampling = asyncio.gather(*(keeping.sample(p, long) for p in PROMPTS))
-    version = 0
-    while not sampling.done():
+    version, seen = 0, set[int]()
+    while len(seen) < 2:
+        sampling = asyncio.gather(*(keeping.sample(p, long) for p in PROMPTS))
+        while not sampling.done():
+            version += 1
+            await keeping.load_weights(published(models[version % 3], version))
+            await keeping.sample([2], Sampling(n=1, max_tokens=25))  # the long ones go on beside it
+        for prompt, sampled in zip(PROMPTS, await sampling, strict=True):
+            oldest = set()
+            for completion in sampled.completions:
+                runs = completion.version_runs or ((0, sampled.weight_version),)
+                starts, versions = zip(*runs, strict=True)
+                assert starts[0] == 0 and list(versions) == sorted(set(versions))
+                ends = [*starts[1:], len(completion.token_ids)]
+                ids = [*prompt, *completion.token_ids.tolist()]
+                for start, end, by in zip(starts, ends, versions, strict=True):
+                    expected = full_logprobs(models[by % 3], ids, 0.6)[len(prompt) - 1 :]
+                    np.testing.assert_allclose(
+                        completion.logprobs[start:end], expected[start:end], atol=1e-4
+                    )
+                seen.update(versions)
+                oldest.add(versions[0])
+            assert sampled.weight_version == min(oldest)
+
+
+async def test_turns_of_an_episode_tell_their_versions(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights change between turns and within them, and the world's tokens are context alone."""
+    monkeypatch.setattr(engine, "_in_flight", "keep")
+    models = [vllm_model(seed) for seed in range(3)]
+    play, version = episodes(engine.sample), 0
+    playing = asyncio.gather(*(play.group(question(order)) for order in range(8)))
+    while not playing.done():
         version += 1
-        await keeping.load_weights(published(models[version % 3], version))
-        await keeping.sample([2], Sampling(n=1, max_tokens=25))  # the long ones go on beside it
+        await engine.load_weights(published(models[version % 3], version))
+        await engine.sample([2], Sampling(n=1, max_tokens=5))
     seen = set()
-    for prompt, sampled in zip(PROMPTS, await sampling, strict=True):
-        oldest = set()
-        for completion in sampled.completions:
-            runs = completion.version_runs or ((0, sampled.weight_version),)
-            starts, versions = zip(*runs, strict=True)
-            assert starts[0] == 0 and list(versions) == sorted(set(versions))
-            ends = [*starts[1:], len(completion.token_ids)]
-            ids = [*prompt, *completion.token_ids.tolist()]
-            for start, end, by in zip(starts, ends, versions, strict=True):
-                expected = full_logprobs(models[by % 3], ids, 0.6)[len(prompt) - 1 :]
-                np.testing.assert_allclose(
-                    completion.logprobs[start:end], expected[start:end], atol=1e-4
-                )
-            seen.update(versions)
-            oldest.add(versions[0])
-        assert sampled.weight_version == min(oldest)
+    for group in await playing:
+        start = len(group.prompt.token_ids)
+        for place, t in enumerate(group.trajectories):
+            ids = [*group.prompt.token_ids.tolist(), *t.token_ids.tolist()]
+            versions = group.token_versions(place)
+            for by in set(versions[t.sampled].tolist()):
+                own = t.sampled & (versions == by)
+                expected = full_logprobs(models[by % 3], ids)[start - 1 :].numpy()
+                np.testing.assert_allclose(t.logprobs[own], expected[own], atol=1e-4)
+                seen.add(by)
+            assert group.weight_version <= versions[t.sampled].min()
     assert len(seen) > 1
+
+
+async def test_a_turn_computes_what_is_new_alone(engine: Any) -> None:
+    prompt, block = RANDOM.integers(2, VOCAB, 130).tolist(), 32
+    first = await engine.sample(prompt, Sampling(n=1, max_tokens=1))
+    whole = [*prompt, *first.completions[0].token_ids.tolist(), 5, 6]
+    await engine._llm.collective_rpc("count_tokens")
+    await engine.sample(whole, Sampling(n=1, max_tokens=1))
+    (computed,) = await engine._llm.collective_rpc("counted_tokens")
+    assert computed == len(whole) % block
 
 
 async def test_what_goes_on_under_weights_that_fail_the_probe_is_not_handed_out(
     keeping: Any,
 ) -> None:
     sampling = asyncio.create_task(keeping.sample([2, 3], Sampling(n=2, max_tokens=CONTEXT - 2)))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while not keeping._llm.get_num_unfinished_requests():
             await asyncio.sleep(0.001)
     with pytest.raises(WeightsMismatch, match=r"version 1: .* nats, more than"):
@@ -330,7 +404,7 @@ async def test_a_cancelled_call_frees_its_place(engine: Any) -> None:
     """It would otherwise sample for minutes, and hold up the next update as long."""
     endless = Sampling(n=64, max_tokens=CONTEXT - 2, seed=1)
     calls = [asyncio.create_task(engine.sample([2], endless)) for _ in range(40)]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while engine._llm.get_num_unfinished_requests() < 40 * 64:
             await asyncio.sleep(0.01)
     for call in calls:
@@ -338,7 +412,7 @@ async def test_a_cancelled_call_frees_its_place(engine: Any) -> None:
     await asyncio.wait(calls)
     assert all(call.cancelled() for call in calls)
     assert engine._llm.get_num_unfinished_requests() == 0
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         await engine.load_weights(published(vllm_model(2), 5))
 
 
@@ -346,7 +420,7 @@ async def test_a_request_that_vllm_aborts_is_an_error_and_no_short_answer(engine
     """So its item is not handed on but stays with the stage, which tries it again."""
     call = asyncio.create_task(engine.sample([2, 3], Sampling(n=1, max_tokens=CONTEXT - 2, seed=0)))
     waiting = engine._llm.output_processor.request_states
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while not waiting:
             await asyncio.sleep(0)
         await engine._llm.abort(list(waiting), internal=True)
@@ -409,17 +483,17 @@ async def test_arguments_that_cannot_work_are_refused(
 async def test_an_engine_whose_process_is_killed_says_so(keeping: Any) -> None:
     """The last test: nothing can be sampled after it. It dies with groups in flight and in the
     middle of an update; the worker ends, and its prompts are taken over by another."""
-    calls = [asyncio.create_task(keeping.sample(p, Sampling(4, 100))) for p in PROMPTS]
-    async with asyncio.timeout(20):
-        while not keeping._llm.get_num_unfinished_requests():
-            await asyncio.sleep(0.001)
     (core,) = [p for p in psutil.Process().children() if "EngineCore" in "".join(p.cmdline())]
-    core.suspend()  # so that the update has begun and cannot be over
+    core.suspend()  # so that no group and no update can be over before
+    calls = [asyncio.create_task(keeping.sample(p, Sampling(4, 100))) for p in PROMPTS]
+    async with asyncio.timeout(DEADLINE_S):
+        while keeping._llm.get_num_unfinished_requests() < 4 * len(PROMPTS):
+            await asyncio.sleep(0.001)
     calls.append(asyncio.create_task(keeping.load_weights(published(vllm_model(0), 9))))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while not keeping._turnstile._closed:
             await asyncio.sleep(0.001)
     core.kill()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         results = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(result) for result in results} == {EngineDied}

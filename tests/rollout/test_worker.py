@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +16,19 @@ import torch
 
 from rollout import worker as worker_module
 from rollout.config import RolloutConfig
-from rollout.engine import WeightsMismatch
-from rollout.worker import NoWeights, RolloutWorker
+from rollout.worker import NoWeights, RolloutSettings, RolloutWorker
 from services.config import StageConfig
-from services.stage import EVAL, Connection, PatienceExceeded
+from services.errors import PatienceExceeded
+from services.pipeline import EVAL
+from services.stage import Connection
 from services.streams import Streams
 from services.trajectory import Prompt, RolloutGroup, Sampling, decode, encode
+from services.weights import WeightsMismatch
+from tests.builders import post, tiny_model, tiny_tokenizer
 from tests.builders import prompt as make_prompt
-from tests.builders import tiny_model, tiny_tokenizer
 from tests.rollout.conftest import full_logprobs, published
 from tests.rollout.fakes import FakeWeightStore
-
-DEADLINE_S = 20.0
+from tests.waiting import DEADLINE_S, until
 
 
 @pytest_asyncio.fixture(autouse=True)
@@ -43,7 +44,8 @@ def worker(
     connection: Connection, student: Path, store: FakeWeightStore, **changes: Any
 ) -> RolloutWorker:
     config = RolloutConfig.model_validate({"engine": {"device": "cpu"}, **changes})
-    return RolloutWorker(connection, config, str(student), store.feed(), "rollout-0")
+    settings = RolloutSettings(config, str(student), store.feed())
+    return RolloutWorker(post(connection, "rollout", capacity=config.capacity), settings)
 
 
 @asynccontextmanager
@@ -63,12 +65,6 @@ async def feed(streams: Streams, *prompts: Prompt) -> None:
 async def sampled(streams: Streams) -> list[RolloutGroup]:
     entries: Any = await streams.redis.xrange(streams.key("rollouts"))
     return [decode(RolloutGroup, fields[b"item"]) for _, fields in entries]
-
-
-async def until(condition: Callable[[], Awaitable[Any]]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not await condition():
-            await asyncio.sleep(0.02)
 
 
 async def until_sampled(streams: Streams, count: int) -> list[RolloutGroup]:

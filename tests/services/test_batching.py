@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from services.batching import Batcher
+from tests.waiting import DEADLINE_S, until
 
 
 class Recording:
@@ -18,16 +19,14 @@ class Recording:
 
     def __call__(self, items: Sequence[int]) -> list[int]:
         self.batches.append(list(items))
-        self.gate.wait(10)
+        self.gate.wait(DEADLINE_S)
         if 13 in items:
             raise ValueError("unlucky")
         return [2 * i for i in items]
 
 
 async def started(run: Recording) -> None:
-    async with asyncio.timeout(10):
-        while not run.batches:
-            await asyncio.sleep(0.001)
+    await until(lambda: run.batches, every_s=0.001)
 
 
 async def test_what_waits_goes_together_up_to_the_budget() -> None:

@@ -71,9 +71,9 @@ def test_sharing_what_stands_before_the_completions_changes_no_logprob(
     sequences, starts = batch
     expected = [plain_logprobs(tiny_model(), s, i) for s, i in zip(sequences, starts, strict=True)]
     got = packed.score_top(packed.prepare(tiny_model()), sequences, starts, 0)
-    assert [len(g) for g, _, _ in got] == [len(e) for e in expected]
-    for (g, _, _), e in zip(got, expected, strict=True):
-        assert g.tolist() == pytest.approx(e, abs=1e-4)
+    assert [len(g.logprobs) for g in got] == [len(e) for e in expected]
+    for g, e in zip(got, expected, strict=True):
+        assert g.logprobs.tolist() == pytest.approx(e, abs=1e-4)
 
 
 def test_what_is_shared_is_computed_once() -> None:
@@ -268,7 +268,7 @@ def test_gradients_of_a_pack_are_those_of_its_sequences_one_by_one(
     expected = plain_gradients(model, sequences, starts, 0.6)
     model.zero_grad()
     pack = packed.pack(sequences, starts)
-    assert len(pack.buckets.places) == buckets
+    assert len(pack.buckets.indices) == buckets
     logprobs = packed.token_logprobs(packed.prepare(model), pack, [1.0, 0.6])[1]
     (logprobs * pulls(sequences, starts)).sum().backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -285,7 +285,7 @@ def test_other_architectures_work_unchanged() -> None:
     assert got == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_sliding_window_that_would_matter_is_refused() -> None:
+def test_a_sliding_window_is_left_to_the_models_own_masks() -> None:
     from transformers import Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -293,9 +293,12 @@ def test_a_sliding_window_that_would_matter_is_refused() -> None:
         num_attention_heads=4, num_key_value_heads=4, use_sliding_window=True, sliding_window=4,
         max_window_layers=0,
     )  # fmt: skip
-    model = packed.prepare(Qwen2ForCausalLM(config).eval())
-    with pytest.raises(ValueError, match="sliding window"):
-        packed.score(model, [[1] * 9, [2] * 3], [1, 1])
+    model = Qwen2ForCausalLM(config).eval()
+    sequences = [[2 + i * i % 20 for i in range(19)], [2, 7, 3]]
+    expected = [plain_logprobs(model, ids, 1) for ids in sequences]
+    got = packed.score(packed.prepare(model), sequences, [1, 1])
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
 
 
 @pytest.mark.parametrize("start", [0, 4])
@@ -309,20 +312,39 @@ def test_nothing_to_score_is_nothing() -> None:
     assert packed.score(model, [[1, 2, 3], [4, 5]], [3, 1])[0] == []
 
 
-def test_the_most_likely_tokens_are_those_of_the_whole_matrix() -> None:
+@pytest.mark.parametrize("chunk", [64 << 20, 4 * 24 * 2], ids=["one chunk", "two tokens a chunk"])
+def test_what_is_said_of_a_place_is_what_the_whole_matrix_says(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(packed.CHUNK_BYTES, "cpu", chunk)
     model = tiny_model()
     sequences, starts = [[3, 4, 5, 6, 7], [7, 8], [9, 2, 4]], [2, 1, 1]
     expected = [
         model(torch.tensor([ids])).logits[0, start - 1 : -1].float().log_softmax(-1)
         for ids, start in zip(sequences, starts, strict=True)
     ]
-    found = packed.score_top(packed.prepare(model), sequences, starts, 5)
-    for ids, start, whole, (chosen, top_ids, top) in zip(
-        sequences, starts, expected, found, strict=True
+    candidates = torch.arange(6 * 3).view(6, 3)  # three, one and two places
+    prepared = packed.prepare(model)
+    found = packed.score_top(prepared, sequences, starts, 5, candidates, entropy=True)
+    named = torch.split(candidates, [3, 1, 2])
+    for ids, start, whole, said, asked in zip(
+        sequences, starts, expected, found, named, strict=True
     ):
         values, places = whole.topk(5)
         torch.testing.assert_close(
-            chosen, whole.gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
+            said.logprobs, whole.gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
         )
-        torch.testing.assert_close(top_ids, places)
-        torch.testing.assert_close(top, values)
+        torch.testing.assert_close(said.top_ids, places)
+        torch.testing.assert_close(said.top_logprobs, values)
+        torch.testing.assert_close(said.candidates, whole.gather(1, asked))
+        torch.testing.assert_close(said.entropy, -(whole.exp() * whole).sum(1))
+    (plain, *_) = packed.score_top(prepared, sequences, starts, 0)
+    assert plain.candidates.shape == (3, 0) and bool(plain.entropy.isnan().all())
+
+
+def test_a_model_that_is_sure_has_no_entropy() -> None:
+    """Logits so far apart that all other probabilities are 0 in float32: they count nothing."""
+    model = packed.prepare(tiny_model())
+    packed.output_head(model).weight.data.mul_(1e6)
+    (said,) = packed.score_top(model, [[3, 4, 5]], [1], 0, entropy=True)
+    assert said.entropy.tolist() == [0, 0]

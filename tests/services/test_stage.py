@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
 from services.config import StageConfig
-from services.stage import BadItem, Busy, PatienceExceeded, Stage, Unavailable
-from services.streams import Ledger, Streams
-from services.trajectory import WireError
+from services.errors import BadItem, PatienceExceeded, Unavailable, WireError
+from services.stage import BusyTime, Stage
+from services.streams import Ledger, StreamName, Streams
+from tests.waiting import DEADLINE_S
+from tests.waiting import until as until_true
 
 Process = Callable[[bytes], Awaitable[bytes]]
 
@@ -20,20 +22,20 @@ Process = Callable[[bytes], Awaitable[bytes]]
 async def working(
     streams: Streams, process: Process, *, consumer: str = "w", capacity: int = 4, **config: float
 ) -> AsyncIterator[Stage]:
-    settings = StageConfig(**{"lease_s": 0.4, "patience_s": 30, **config})  # type: ignore[arg-type]
+    settings = StageConfig(**{"lease_s": 2.0, "patience_s": DEADLINE_S, **config})  # type: ignore[arg-type]
     stage = Stage("test", consumer, [streams], "prompts", "rollouts", process, capacity, settings)
     task = asyncio.create_task(stage.run())
     try:
         yield stage
     finally:
         stage.stopping.set()
-        await asyncio.wait({task}, timeout=10)
+        await asyncio.wait({task}, timeout=DEADLINE_S)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
 async def until(streams: Streams, condition: Callable[[Ledger], bool]) -> Ledger:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(DEADLINE_S):
         while not condition(ledger := await streams.ledger()):
             assert ledger.exact
             await asyncio.sleep(0.01)
@@ -123,7 +125,7 @@ async def test_an_unavailable_dependency_is_waited_for_visibly(streams: Streams)
 
     await feed(streams, b"x")
     async with working(streams, process):
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(DEADLINE_S):
             while "503" not in (await streams.reports()).get("w", {}).get("waiting_for", ""):
                 await asyncio.sleep(0.01)
         assert (await streams.ledger()).dead == 0
@@ -141,7 +143,7 @@ async def test_past_its_patience_the_worker_stops_and_the_item_stays(streams: St
         StageConfig(lease_s=0.4, patience_s=0.3),
     )  # fmt: skip
     with pytest.raises(PatienceExceeded, match="teacher said 503"):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_S):
             await stage.run()
     ledger = await streams.ledger()
     assert (ledger.depth["prompts"], ledger.dead) == (1, 0)
@@ -157,7 +159,7 @@ async def test_a_dead_workers_items_are_taken_over(streams: Streams) -> None:
         "test", "dying", [streams], "prompts", "rollouts", hang, 2, StageConfig(lease_s=0.4)
     )
     dying = asyncio.create_task(stage.run())
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(DEADLINE_S):
         while len(stage._working) < 2:
             await asyncio.sleep(0.01)
     dying.cancel()  # its heartbeat stops with it, as if the process were gone
@@ -166,16 +168,22 @@ async def test_a_dead_workers_items_are_taken_over(streams: Streams) -> None:
         await until(streams, lambda ledger: ledger.depth["rollouts"] == 2)
 
 
-async def test_long_work_keeps_its_lease(streams: Streams) -> None:
+async def test_long_work_keeps_its_lease(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three leases long, beside an idle worker that would take over what is not renewed."""
-    calls = 0
+    calls, renewals, renew = 0, 0, streams.renew
+
+    async def counted(stream: StreamName, consumer: str, ids: Sequence[str]) -> set[str]:
+        nonlocal renewals
+        renewals += bool(ids)
+        return await renew(stream, consumer, ids)
 
     async def process(payload: bytes) -> bytes:
         nonlocal calls
         calls += 1
-        await asyncio.sleep(1.2)
+        await until_true(lambda: renewals > 3 * 4)  # four a lease
         return payload
 
+    monkeypatch.setattr(streams, "renew", counted)
     await feed(streams, b"x")
     async with working(streams, process, consumer="a"), working(streams, process, consumer="b"):
         await until(streams, lambda ledger: ledger.depth["rollouts"] == 1)
@@ -192,7 +200,7 @@ async def test_a_stopping_worker_finishes_what_it_holds(streams: Streams) -> Non
 
     await feed(streams, b"x")
     async with working(streams, process) as stage:
-        await asyncio.wait_for(started.wait(), 15)
+        await asyncio.wait_for(started.wait(), DEADLINE_S)
         stage.stopping.set()
         go.set()
     assert (await streams.ledger()).depth["rollouts"] == 1
@@ -214,14 +222,14 @@ async def test_nothing_of_a_stopped_worker_lives_on(
     monkeypatch.setattr(streams, "report", swallow)
     before = asyncio.all_tasks()
     async with working(streams, upper):
-        await asyncio.wait_for(at_it.wait(), 15)
+        await asyncio.wait_for(at_it.wait(), DEADLINE_S)
     assert asyncio.all_tasks() == before
 
 
 def test_work_that_overlaps_is_busy_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("services.stage.time.monotonic", lambda: now)
-    busy = Busy()
+    busy = BusyTime()
     with busy:
         now = 103.0
         with busy:

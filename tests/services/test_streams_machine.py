@@ -22,8 +22,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from services.pipeline import PIPELINE
 from services.redis_server import EmbeddedRedis, connect
-from services.streams import GROUP, STREAMS, Claim, StreamName, Streams, claim
+from services.streams import GROUP, Claim, StreamName, Streams, claim
 
 WORKERS = ("a", "b", "c")
 NEXT: dict[str, StreamName] = {"prompts": "rollouts", "rollouts": "verified", "verified": "scored"}
@@ -60,12 +61,12 @@ class HandOff(RuleBasedStateMachine):
         if not wrong_cursor:
             self.where |= {p.decode(): "prompts" for p in payloads}
 
-    @rule(target=claims, stream=st.sampled_from(STREAMS), worker=st.sampled_from(WORKERS))
+    @rule(target=claims, stream=st.sampled_from(PIPELINE.streams), worker=st.sampled_from(WORKERS))
     def claim(self, stream: StreamName, worker: str) -> Any:
         taken = self.run(claim([self.streams], stream, worker, count=2, block_ms=1))
         return self._check(stream, worker, taken)
 
-    @rule(target=claims, stream=st.sampled_from(STREAMS), worker=st.sampled_from(WORKERS))
+    @rule(target=claims, stream=st.sampled_from(PIPELINE.streams), worker=st.sampled_from(WORKERS))
     def take_over(self, stream: StreamName, worker: str) -> Any:
         """Every lease has run out."""
         taken = self.run(self.streams.take_over(stream, worker, lease_s=0, count=2))

@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.waiting import DEADLINE_S, wait_until
 
 PARENT = """
 import multiprocessing, time
@@ -24,7 +25,7 @@ def hold(names):
     # As if the tracker, too, were killed: that is when vLLM leaves its segments behind.
     resource_tracker.unregister(segment._name, "shared_memory")
     names.send(segment.name)
-    time.sleep(300)
+    time.sleep(3600)
 
 def make():
     ours, theirs = multiprocessing.Pipe()
@@ -36,7 +37,7 @@ def make():
 if __name__ == "__main__":
     child = Running(make).llm
     print(child.pid, child.segment, flush=True)
-    time.sleep(300)
+    time.sleep(3600)
 """
 
 
@@ -54,11 +55,8 @@ def test_what_was_started_dies_with_a_parent_that_is_killed(tmp_path: Path) -> N
     assert segment.exists()
     os.kill(parent.pid, signal.SIGKILL)
     parent.communicate()
-    assert psutil.wait_procs([child], timeout=20) == ([child], [])
-    deadline = time.monotonic() + 20
-    while segment.exists():
-        assert time.monotonic() < deadline, f"{segment} is left behind"
-        time.sleep(0.05)
+    assert psutil.wait_procs([child], timeout=DEADLINE_S) == ([child], [])
+    wait_until(lambda: not segment.exists())
 
 
 @pytest.mark.slow
@@ -67,10 +65,10 @@ def test_what_was_started_dies_with_a_parent_that_is_killed(tmp_path: Path) -> N
 def test_a_process_under_the_number_of_one_that_has_ended_is_left_alone(ours: bool) -> None:
     from services.vllm_core import _WATCHDOG, _started
 
-    with subprocess.Popen(["sleep", "60"]) as process:
+    with subprocess.Popen(["sleep", "3600"]) as process:
         started = _started(process.pid) if ours else "1"
         watching = [sys.executable, "-c", _WATCHDOG, f"{process.pid}:{started}"]
-        subprocess.run(watching, stdin=subprocess.DEVNULL, check=True, timeout=30)
+        subprocess.run(watching, stdin=subprocess.DEVNULL, check=True, timeout=DEADLINE_S)
         assert (process.poll() is not None) is ours
         process.kill()
 

@@ -13,6 +13,7 @@ import torch
 
 from services.weight_store import StoreFeed, start_store
 from services.weights import Call, Weights
+from tests.waiting import DEADLINE_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm")]
 
@@ -57,8 +58,8 @@ def broadcasts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]
 
 
 async def received(feed: StoreFeed, world_size: int) -> list[Call]:
-    async with asyncio.timeout(30):
-        announced = await feed.next(20)
+    async with asyncio.timeout(DEADLINE_S):
+        announced = await feed.next(DEADLINE_S)
         assert announced is not None
         assert announced.sender is not None and not announced.buffer.size
         return [call async for call in announced.sender.calls(world_size)]
@@ -70,7 +71,7 @@ async def test_nccl_sends_the_newest_version_to_each_engine(
     from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
 
-    await store.publish.remote(1, pusher.offer(version(1)))
+    await store.publish.remote(pusher.offer(version(1)))
     feed = StoreFeed(store)
     calls = await received(feed, world_size=2)
     assert [call.method for call in calls] == [
@@ -93,7 +94,7 @@ async def test_nccl_sends_the_newest_version_to_each_engine(
     assert (calls[3].argument.version, calls[3].argument.probe_ids) == (1, (1, 2))
 
     # The next version goes over the same connection; another engine gets one of its own.
-    await store.publish.remote(2, pusher.offer(version(2)))
+    await store.publish.remote(pusher.offer(version(2)))
     assert (await received(feed, world_size=2))[0].method == "start_weight_update"
     assert (await received(StoreFeed(store), world_size=1))[-1].argument.version == 2
     assert broadcasts[2]["a"][0, 0] == 2.0
@@ -103,8 +104,8 @@ async def test_nccl_sends_the_newest_version_to_each_engine(
 async def test_an_engine_that_went_away_holds_up_no_other(
     store: Any, pusher: Any, broadcasts: Any
 ) -> None:
-    await store.publish.remote(1, pusher.offer(version(1)))
-    gone = await StoreFeed(store).next(20)
+    await store.publish.remote(pusher.offer(version(1)))
+    gone = await StoreFeed(store).next(DEADLINE_S)
     assert gone is not None and gone.sender is not None
     async for call in gone.sender.calls(1):
         assert call.method == "init_weight_transfer_engine"

@@ -7,7 +7,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,8 @@ from teacher.api import Limits, ModelCard, SequenceScore, Tokens
 from teacher.app import Teacher, build_app
 from teacher.auth import KeyRing
 from teacher.scorer import ScorerDied
-from teacher.scores import TokenScores, valid_scores
+from teacher.scores import NO_MORE, More, TokenScores, valid_scores, with_more
+from tests.waiting import DEADLINE_S
 
 _DELAY_S = 0.05
 FAKE_CARD = ModelCard(
@@ -31,7 +32,11 @@ FAKE_CARD = ModelCard(
     context_length=64,
     tokens=Tokens(tokenizer="7e57", tokenizer_size=100, end_tokens=[1], chat_template="c4a7"),
     limits=Limits(
-        max_sequence_tokens=16, max_request_tokens=48, max_top_logprobs=5, vocab_size=100
+        max_sequence_tokens=16,
+        max_request_tokens=48,
+        max_top_logprobs=5,
+        vocab_size=100,
+        gives=["candidates", "entropy"],
     ),
 )
 
@@ -49,7 +54,11 @@ class FakeScorer:
         self.cancelled = 0
 
     async def score(
-        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], top: int = 0
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        top: int = 0,
+        more: More = NO_MORE,
     ) -> list[TokenScores]:
         self.calls.append(([list(ids) for ids in sequences], list(starts)))
         if self.error is not None:
@@ -60,8 +69,11 @@ class FakeScorer:
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
-        pairs = zip(sequences, starts, strict=True)
-        return [fake_scores(ids[start:], top, self._scale) for ids, start in pairs]
+        pairs = enumerate(zip(sequences, starts, strict=True))
+        return [
+            fake_scores(ids[start:], top, self._scale, more.of([index]))
+            for index, (ids, start) in pairs
+        ]
 
     async def check(self) -> None:
         if self.error is not None:
@@ -70,11 +82,14 @@ class FakeScorer:
     async def close(self) -> None: ...
 
 
-def fake_scores(ids: Sequence[int], top: int = 0, scale: float = 1.0) -> TokenScores:
-    """What `FakeScorer` says of `ids`."""
+def fake_scores(
+    ids: Sequence[int], top: int = 0, scale: float = 1.0, more: More = NO_MORE
+) -> TokenScores:
+    """What `FakeScorer` says of `ids`: an entropy of half their negated log-prob, too."""
     best = np.tile(np.arange(top), (len(ids), 1))
     own, others = -np.array(ids) / 100 * scale, -best / 100 * scale
-    return valid_scores(own, len(ids), best, others, top)
+    named = -np.array(more.candidates[0]) / 100 * scale if more.candidates else ()
+    return with_more(valid_scores(own, len(ids), best, others, top), named, -own / 2, more)
 
 
 def fake_app(
@@ -85,10 +100,11 @@ def fake_app(
     max_tokens: int = 1000,
     max_body_bytes: int = 10_000,
     rate_limit: RateLimit | None = None,
+    card: ModelCard = FAKE_CARD,
 ) -> FastAPI:
     """The real application around a fake model."""
     return build_app(
-        [Teacher(FAKE_CARD, scorer)],
+        [Teacher(card, scorer)],
         KeyRing(keys),
         max_body_bytes=max_body_bytes,
         admission=Admission(max_requests=max_requests, max_tokens=max_tokens),
@@ -150,11 +166,13 @@ class FaultyTeacher:
             return json.dumps({"error": message}).encode()
         honest: dict[str, Any] = {"object": "list", "data": [FAKE_CARD.model_dump()]}
         if asked:
-            top = self.requests[-1].get("top_logprobs", 0)
-            scores = [
-                SequenceScore.of(fake_scores(sequence["completion"], top), top).model_dump()
-                for sequence in self.requests[-1]["sequences"]
-            ]
+            asked = self.requests[-1]
+            top, spread = asked.get("top_logprobs", 0), asked.get("entropy", False)
+            scores = []
+            for one in asked["sequences"]:
+                named = [np.array(one["candidates"])] if one.get("candidates") else []
+                said = fake_scores(one["completion"], top, 1.0, More(spread, named))
+                scores.append(SequenceScore.of(said, top).model_dump())
             honest = {"model": FAKE_CARD.id, "fingerprint": "f00d", "scores": scores}
         changed = told if isinstance(told, dict) else {}
         return json.dumps({**honest, **changed}).encode()
@@ -167,15 +185,13 @@ def _request(body: bytes, headers: dict[bytes, bytes]) -> dict[str, Any]:
         return asked
     query = wire.decode_request(body)
     pairs = zip(query.sequences, query.starts, strict=True)
-    sequences = [{"prompt": ids[:i], "completion": ids[i:]} for ids, i in pairs]
-    return {"sequences": sequences, "top_logprobs": query.top}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Returns when `condition` holds; fails when it does not for long."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.005)
+    sequences: list[dict[str, Any]] = [
+        {"prompt": ids[:i], "completion": ids[i:]} for ids, i in pairs
+    ]
+    for sequence, ids in zip(sequences, query.more.candidates, strict=False):
+        sequence["candidates"] = ids.tolist()
+    entropy = {"entropy": True} if query.more.entropy else {}
+    return {"sequences": sequences, "top_logprobs": query.top, **entropy}
 
 
 @contextmanager
@@ -194,5 +210,5 @@ def listening(app: ASGIApp, port: int = 0, **settings: Any) -> Iterator[str]:
         scheme = "https" if "ssl_certfile" in settings else "http"
         yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"  # the kernel queues early callers
         server.should_exit = server.force_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=DEADLINE_S)
         assert not thread.is_alive()

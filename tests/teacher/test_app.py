@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import schemathesis
+import torch
 from hypothesis import HealthCheck, settings
 from pydantic import BaseModel
 
@@ -21,11 +22,14 @@ from teacher.admission import Admission, RateLimit
 from teacher.api import ErrorBody, ModelList, ScoreResponse
 from teacher.app import Teacher, build_app
 from teacher.auth import KeyRing
+from teacher.client import Target, TeacherClient
 from teacher.completions import CompletionResponse
 from teacher.config import TeacherConfig
 from teacher.scorer import build_scorer, model_card
+from teacher.scores import More
 from tests.teacher.conftest import CONTEXT, VOCABULARY, Reference
-from tests.teacher.fakes import FAKE_CARD, FakeScorer, fake_app, fake_scores, listening, until
+from tests.teacher.fakes import FAKE_CARD, FakeScorer, fake_app, fake_scores, listening
+from tests.waiting import DEADLINE_S, until
 
 KEY = "test-key"
 
@@ -91,6 +95,23 @@ def test_top_logprobs_equal_transformers(http: httpx.Client, reference: Referenc
     np.testing.assert_allclose(score["top_logprobs"], values, atol=1e-4)
 
 
+@pytest.mark.parametrize("binary", [True, False])
+async def test_candidates_and_entropy_equal_transformers(
+    server: str, reference: Reference, binary: bool
+) -> None:
+    """Of a sequence of three places and one of none, in both forms."""
+    client = TeacherClient(Target(server, KEY), timeout_s=DEADLINE_S, binary=binary)
+    pairs = [(np.array([5, 17]), np.array([3, 60, 2])), (np.array([4]), np.array([], np.int32))]
+    named = np.array([[1, 2], [90, 60], [2, 0]], np.int32)
+    scores, nothing = await client.score(pairs, 0, More(True, [named, named[:0]]))
+    await client.aclose()
+    table = reference.table([5, 17, 3, 60, 2])[1:-1]
+    expected = table.gather(1, torch.tensor(named).long())
+    np.testing.assert_allclose(scores.candidates, expected, atol=1e-4)
+    np.testing.assert_allclose(scores.entropy, -(table.exp() * table).sum(1), atol=1e-4)
+    assert nothing.candidates is not None and nothing.candidates.shape == (0, 2)
+
+
 def test_an_empty_completion_is_scored_as_nothing(http: httpx.Client) -> None:
     response = _score(http, sequences=[{"prompt": [1], "completion": []}])
     assert response.json()["scores"] == [{"logprobs": [], "perplexity": 1.0}]
@@ -107,6 +128,7 @@ def test_models_tells_the_fingerprint_and_the_limits(http: httpx.Client, model_d
         "max_request_tokens": 1 << 20,
         "max_top_logprobs": 64,
         "vocab_size": VOCABULARY,
+        "gives": ["candidates", "entropy"],
     }
 
 
@@ -161,6 +183,8 @@ async def test_without_keys_nobody_is_asked_for_one(scorer: FakeScorer) -> None:
 # ------------------------------------------------------------------------------ refusals
 
 LONG = list(range(CONTEXT // 2))
+ONE = {"prompt": [1], "completion": [2]}
+TWO = {**ONE, "candidates": [[1, 2]]}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +202,13 @@ LONG = list(range(CONTEXT // 2))
         ),
         ({"sequences": [{"prompt": [10**40], "completion": []}]}, 422, "sequences.0.prompt.0"),
         ({"top_logprobs": VOCABULARY}, 422, "top_logprobs"),
+        ({"sequences": [{**ONE, "candidates": []}]}, 422, None),
+        ({"sequences": [{**ONE, "candidates": [[]]}]}, 422, None),
+        ({"sequences": [{**ONE, "candidates": [[1]]}, ONE]}, 422, None),
+        ({"sequences": [{**ONE, "candidates": [[i]]} for i in range(2)] + [TWO]}, 422, None),
+        ({"sequences": [{**ONE, "candidates": [[1, VOCABULARY]]}]}, 422, "candidates"),
+        ({"sequences": [{**ONE, "candidates": [[1] * VOCABULARY]}]}, 422, "candidates"),
+        ({"entropy": "yes"}, 422, "entropy"),
         ({"top_logprobs": -1}, 422, "top_logprobs"),
         ({"temperature": 0.5}, 422, "temperature"),
         ({"model": "another"}, 404, "model"),
@@ -186,7 +217,7 @@ LONG = list(range(CONTEXT // 2))
     ids=lambda value: str(value)[:60],
 )
 def test_a_wrong_request_is_refused_by_its_field(
-    http: httpx.Client, fields: dict[str, Any], status: int, param: str
+    http: httpx.Client, fields: dict[str, Any], status: int, param: str | None
 ) -> None:
     response = _score(http, **fields)
     assert response.status_code == status
@@ -253,6 +284,22 @@ def _in_memory(scorer: FakeScorer, keys: Sequence[str] = (), **options: Any) -> 
 
 def _binary(body: bytes, **headers: str) -> dict[str, Any]:
     return {"content": body, "headers": {"Content-Type": wire.MEDIA_TYPE, **headers}}
+
+
+async def test_what_an_engine_does_not_give_is_refused(scorer: FakeScorer) -> None:
+    limits = FAKE_CARD.limits.model_copy(update={"gives": []})
+    card = FAKE_CARD.model_copy(update={"limits": limits})
+    app = build_app(
+        [Teacher(card, scorer)],
+        KeyRing([]),
+        max_body_bytes=10_000,
+        admission=Admission(max_requests=10, max_tokens=1000),
+    )
+    with listening(app) as url:
+        for field in ({"entropy": True}, {"sequences": [TWO]}):
+            answer = httpx.post(f"{url}/v1/score", json={"sequences": [ONE], **field})
+            assert answer.json()["error"]["type"] == "not_given"
+    assert scorer.calls == []
 
 
 async def test_each_form_of_a_request_may_be_answered_in_either(scorer: FakeScorer) -> None:

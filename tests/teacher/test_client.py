@@ -13,9 +13,9 @@ import pytest
 import pytest_asyncio
 from starlette.types import Receive, Scope, Send
 
-from services.stage import BadItem, Unavailable
+from services.errors import BadItem, Unavailable
 from services.trajectory import TokenIds
-from teacher.client import BadAnswer, Busy, NoLogProbs, Target, TeacherClient
+from teacher.client import BadAnswer, NoLogProbs, Target, TeacherBusy, TeacherClient
 from teacher.scorer import ScoringError
 from teacher.scores import InvalidLogProbs, TokenScores
 from tests.teacher.fakes import (
@@ -26,6 +26,7 @@ from tests.teacher.fakes import (
     fake_scores,
     listening,
 )
+from tests.waiting import DEADLINE_S
 
 
 def ids(*values: int) -> TokenIds:
@@ -37,7 +38,7 @@ ASKED = [(ids(1, 2), ids(3, 4)), (ids(1), ids(5)), (ids(1), ids())]
 
 @pytest_asyncio.fixture
 async def client(faulty_url: str) -> AsyncIterator[TeacherClient]:
-    made = TeacherClient(Target(faulty_url, "some-key"), timeout_s=5.0)
+    made = TeacherClient(Target(faulty_url, "some-key"), timeout_s=DEADLINE_S)
     yield made
     await made.aclose()
 
@@ -61,7 +62,7 @@ async def test_scores_come_in_order_and_name_their_model(
 
 async def test_it_speaks_with_the_real_application(scorer: FakeScorer) -> None:
     with listening(fake_app(scorer, ["k"])) as url:
-        client = TeacherClient(Target(url + "/", "k"), timeout_s=5.0)
+        client = TeacherClient(Target(url + "/", "k"), timeout_s=DEADLINE_S)
         assert await client.info() == FAKE_CARD
         _assert_honest(await client.score(ASKED))
         await client.aclose()
@@ -159,7 +160,7 @@ async def test_a_connection_that_is_reset_is_unavailable(said: bytes) -> None:
 
     async with await asyncio.start_server(reset, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        client = TeacherClient(Target(f"http://127.0.0.1:{port}"), timeout_s=5.0)
+        client = TeacherClient(Target(f"http://127.0.0.1:{port}"), timeout_s=DEADLINE_S)
         with pytest.raises(Unavailable, match="cannot be reached"):
             await client.score(ASKED)
         await client.aclose()
@@ -168,7 +169,9 @@ async def test_a_connection_that_is_reset_is_unavailable(said: bytes) -> None:
 async def test_nobody_listening_is_unavailable() -> None:
     with socket.socket() as taken:  # bound, not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
-        client = TeacherClient(Target(f"http://127.0.0.1:{taken.getsockname()[1]}"), timeout_s=5.0)
+        client = TeacherClient(
+            Target(f"http://127.0.0.1:{taken.getsockname()[1]}"), timeout_s=DEADLINE_S
+        )
         with pytest.raises(Unavailable, match="cannot be reached"):
             await client.score(ASKED)
         with pytest.raises(Unavailable, match="cannot be reached"):
@@ -184,7 +187,7 @@ async def test_the_first_model_is_pinned(client: TeacherClient, faulty: FaultyTe
 
 
 async def test_an_expected_model_is_the_only_one(faulty_url: str, faulty: FaultyTeacher) -> None:
-    client = TeacherClient(Target(faulty_url), timeout_s=5.0, fingerprint="beef")
+    client = TeacherClient(Target(faulty_url), timeout_s=DEADLINE_S, fingerprint="beef")
     with pytest.raises(BadAnswer, match="fingerprint is f00d, not beef"):
         await client.score(ASKED)
     card = FAKE_CARD.model_dump()
@@ -197,7 +200,7 @@ async def test_an_expected_model_is_the_only_one(faulty_url: str, faulty: Faulty
 @pytest.mark.parametrize("binary", [True, False], ids=["safetensors", "JSON"])
 async def test_both_forms_carry_the_same(scorer: FakeScorer, binary: bool) -> None:
     with listening(fake_app(scorer)) as url:
-        client = TeacherClient(Target(url), timeout_s=5.0, binary=binary)
+        client = TeacherClient(Target(url), timeout_s=DEADLINE_S, binary=binary)
         for top in (0, 3):
             for score, (_, completion) in zip(await client.score(ASKED, top), ASKED, strict=True):
                 wanted = fake_scores(completion.tolist(), top)
@@ -210,7 +213,7 @@ async def test_both_forms_carry_the_same(scorer: FakeScorer, binary: bool) -> No
 async def test_a_model_without_numbers_for_an_item_makes_it_bad(scorer: FakeScorer) -> None:
     scorer.error = ScoringError(1, InvalidLogProbs("log-prob 3 of 9 is nan"))
     with listening(fake_app(scorer)) as url:
-        client = TeacherClient(Target(url), timeout_s=5.0)
+        client = TeacherClient(Target(url), timeout_s=DEADLINE_S)
         with pytest.raises(NoLogProbs, match=r"answered 500: .* 3 of 9 is nan \(sequences\.1\)"):
             await client.score(ASKED)
         await client.aclose()
@@ -218,8 +221,8 @@ async def test_a_model_without_numbers_for_an_item_makes_it_bad(scorer: FakeScor
 
 async def test_a_busy_teacher_says_when_to_come_again(scorer: FakeScorer) -> None:
     with listening(fake_app(scorer, max_requests=0)) as url:
-        client = TeacherClient(Target(url), timeout_s=5.0)
-        with pytest.raises(Busy, match="answered 503: 0 requests are held") as raised:
+        client = TeacherClient(Target(url), timeout_s=DEADLINE_S)
+        with pytest.raises(TeacherBusy, match="answered 503: 0 requests are held") as raised:
             await client.score(ASKED)
         assert raised.value.retry_after_s >= 1
         await client.aclose()
@@ -234,7 +237,7 @@ async def test_calls_share_a_connection_that_is_kept(scorer: FakeScorer) -> None
         await app(scope, receive, send)
 
     with listening(watched) as url:
-        client = TeacherClient(Target(url), timeout_s=5.0)
+        client = TeacherClient(Target(url), timeout_s=DEADLINE_S)
         for _ in range(5):
             await client.score(ASKED)
         await client.aclose()
@@ -243,7 +246,7 @@ async def test_calls_share_a_connection_that_is_kept(scorer: FakeScorer) -> None
 
 async def test_many_calls_at_once_keep_apart(scorer: FakeScorer) -> None:
     with listening(fake_app(scorer)) as url:
-        client = TeacherClient(Target(url), timeout_s=10.0)
+        client = TeacherClient(Target(url), timeout_s=DEADLINE_S)
         answers = await asyncio.gather(*(client.score([(ids(1), ids(n))]) for n in range(50)))
         await client.aclose()
     np.testing.assert_allclose([a[0].logprobs[0] for a in answers], -np.arange(50) / 100, rtol=1e-6)

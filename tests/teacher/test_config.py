@@ -6,19 +6,20 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from teacher.config import Endpoint, TeacherConfig
+from teacher.config import Endpoint, Message, TeacherConfig, TeachersConfig
+from tests.waiting import DEADLINE_S
 
 
 def test_only_the_model_must_be_named() -> None:
-    config = TeacherConfig(model="somewhere")
-    assert config.engine.kind == "auto"
-    assert config.host == "127.0.0.1"
+    config = TeachersConfig.model_validate({"teacher": {"model": "somewhere"}})
+    assert config.teachers["default"].engine.kind == "auto"
+    assert config.scoring.host == "127.0.0.1"
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"port": 70_000},
+        {"port": 8000},
         {"replicas": 0},
         {"modle": "x"},
         {"engine": {"kind": "tgi"}},
@@ -27,6 +28,12 @@ def test_only_the_model_must_be_named() -> None:
         {"endpoints": ["http://a"], "engine": {"kind": "vllm"}},
         {"autoscale": {"min_replicas": 3, "max_replicas": 2}},
         {"autoscale": {"max_replicas": 2}, "replicas": 2},
+        {"ema": 0.9},
+        {"refresh_steps": 2},
+        {"weights": "student", "ema": 1.0},
+        {"weights": "student", "ema": 0.9, "replicas": 2},
+        {"weights": "student", "endpoints": ["http://a"]},
+        {"weights": "student", "cache": {"url": "redis://a"}},
     ],
     ids=str,
 )
@@ -35,14 +42,14 @@ def test_a_wrong_value_or_key_is_an_error(wrong: dict[str, object]) -> None:
         TeacherConfig.model_validate({"model": "somewhere", **wrong})
 
 
-def _several(**others: object) -> TeacherConfig:
-    return TeacherConfig.model_validate({"model": "math", "others": others})
+def _several(**others: object) -> TeachersConfig:
+    return TeachersConfig.model_validate({"teacher": {"model": "math"}, "teachers": others})
 
 
 def test_a_row_goes_to_the_teacher_that_it_names_or_that_its_data_source_has() -> None:
     config = _several(code={"model": "c", "data_sources": ["taco", "apps"]}, proofs={"model": "p"})
     route = config.router()
-    assert [*config.named] == ["default", "code", "proofs"]
+    assert [*config.teachers] == ["default", "code", "proofs"]
     sources = ("taco", "apps", "code", "proofs", "gsm")
     routed = [route(None, source) for source in sources]
     assert routed == ["code", "code", "code", "proofs", "default"]
@@ -57,14 +64,26 @@ def test_a_row_goes_to_the_teacher_that_it_names_or_that_its_data_source_has() -
 def test_teachers_of_others_are_not_served() -> None:
     config = _several(code={"model": "c", "endpoints": ["http://a"]}, proofs={"model": "p"})
     assert [*config.served] == ["default", "proofs"]
-    elsewhere = config.model_copy(update={"endpoints": [Endpoint(url="http://b")]})
+    moved = TeacherConfig(model="math", endpoints=[Endpoint(url="http://b")])
+    elsewhere = config.model_copy(update={"teachers": config.teachers | {"default": moved}})
     assert [*elsewhere.served] == ["proofs"]
+    alone = {"teacher": {"model": "m", "endpoints": ["http://a"]}, "scoring": {"host": "0.0.0.0"}}
+    with pytest.raises(ValidationError, match=r"leave out scoring\.host"):
+        TeachersConfig.model_validate(alone)
+
+
+def test_without_a_default_every_data_source_needs_a_teacher() -> None:
+    teachers = {"code": {"model": "c", "data_sources": ["taco"]}, "math": {"model": "m"}}
+    route = TeachersConfig.model_validate({"teachers": teachers}).router()
+    assert [route(None, source) for source in ("taco", "math")] == ["code", "math"]
+    with pytest.raises(ValueError, match="'gsm' belongs to no teacher: call one of code, math"):
+        route(None, "gsm")
 
 
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"default": {"model": "c"}}, "may not be called 'default'"),
+        ({"default": {"model": "c"}}, "teacher and teachers.default are the same one"),
         ({"a-b": {"model": "c"}}, "should match pattern"),
         ({"code": {"model": "math"}}, "model 'math' belongs to 2 teachers"),
         (
@@ -92,4 +111,21 @@ def test_teachers_that_cannot_be_told_apart_are_an_error(
 )
 def test_importing_a_module_loads_only_what_it_needs(module: str, heavy: set[str]) -> None:
     code = f"import sys, {module}; found = {heavy} & sys.modules.keys(); assert not found, found"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=DEADLINE_S)
+
+
+def test_a_context_is_text_or_messages_or_that_of_the_row() -> None:
+    def read(context: object) -> object:
+        made = TeacherConfig.model_validate({"model": "m", "context": context})
+        assert TeacherConfig.model_validate(made.model_dump(mode="json")) == made
+        return made.context
+
+    said = Message(content="{prompt} {solution}")
+    assert read("{prompt} {solution}") == (said,)
+    assert read([{"role": "system", "content": "x"}, {"content": "{prompt} {solution}"}]) == (
+        Message(role="system", content="x"),
+        said,
+    )
+    assert (read("row"), read(None)) == ("row", None)
+    with pytest.raises(ValidationError):
+        read([])

@@ -12,14 +12,15 @@ import numpy as np
 import openai
 import pytest
 
-from services.stage import Unavailable
+from services.errors import Unavailable
 from teacher import wire
 from teacher.admission import Admission, Overloaded
 from teacher.app import Teacher, build_app
 from teacher.auth import KeyRing
 from teacher.client import BadAnswer, Target, TeacherClient
 from teacher.front import Answered, Asked, Away, ask_app, build_front
-from tests.teacher.fakes import FAKE_CARD, FakeScorer, fake_scores, listening, until
+from tests.teacher.fakes import FAKE_CARD, FakeScorer, fake_scores, listening
+from tests.waiting import DEADLINE_S, until
 
 KEY = {"Authorization": "Bearer the-key"}
 SCALES = {"math": 1.0, "code": 2.0}
@@ -78,7 +79,7 @@ def score(url: str, **fields: Any) -> httpx.Response:
 async def test_model_chooses_who_answers_in_both_forms(
     url: str, model: str | None, answers: str, binary: bool
 ) -> None:
-    client = TeacherClient(Target(url, "the-key", model), timeout_s=5.0, binary=binary)
+    client = TeacherClient(Target(url, "the-key", model), timeout_s=DEADLINE_S, binary=binary)
     (scores,) = await client.score([PAIR], 2)
     wanted = fake_scores([3, 40], 2, SCALES[answers])
     np.testing.assert_allclose(scores.logprobs, wanted.logprobs, rtol=1e-6)
@@ -149,7 +150,7 @@ async def test_one_model_that_is_away_does_not_take_the_other_along(
     assert httpx.get(f"{url}/ready").status_code == 503
     listed = httpx.get(f"{url}/v1/models", headers=KEY).json()
     assert [card["id"] for card in listed["data"]] == ["math"]
-    client = TeacherClient(Target(url, "the-key", "code"), timeout_s=5.0)
+    client = TeacherClient(Target(url, "the-key", "code"), timeout_s=DEADLINE_S)
     with pytest.raises(BadAnswer, match="does not serve 'code'"):
         await client.info()
     with pytest.raises(Unavailable, match="cannot be asked now"):

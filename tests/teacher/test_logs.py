@@ -4,7 +4,6 @@ own, so that the whole session's logs are of these requests."""
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,8 +14,10 @@ import pytest
 import torch
 
 from services.models import load_model
+from services.ports import free_port
 from tests.builders import save_tiny
 from tests.teacher.conftest import CONTEXT
+from tests.waiting import DEADLINE_S
 
 KEY = "a-key-that-nobody-else-has"
 TEXT = "what-was-asked-in-words"
@@ -28,7 +29,7 @@ PROGRAM = """
     from functools import partial
     import httpx, ray
     from ray import serve
-    from teacher.config import TeacherConfig
+    from teacher.config import TeachersConfig
     from teacher.serve import deploy_teacher
 
     directory, broken, port, key, text, *ids = sys.argv[1:]
@@ -52,12 +53,12 @@ PROGRAM = """
     engine = {"kind": "transformers", "device": "cpu"}
     settings = {"engine": engine, "resources": {"cpus": 0.2}, "max_ongoing_requests": 2}
     other = {"model": broken, **settings, "key_tokens_per_s": 0.001}
-    config = TeacherConfig.model_validate(
-        {"model": directory, "port": 0, "others": {"broken": other}, **settings}
-    )
-    for name, served in (("both", config), ("one", config.model_copy(update={"others": {}}))):
+    good_one = {"model": directory, **settings}
+    both, scoring = {"default": good_one, "broken": other}, {"port": 0}
+    for name, teachers in (("both", both), ("one", {"default": good_one})):
+        served = TeachersConfig.model_validate({"teachers": teachers, "scoring": scoring})
         url = deploy_teacher(served, [key], name=name, route_prefix="/" + name)
-        http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=600)
         good = {"sequences": [{"prompt": ids, "completion": ids}], "top_logprobs": 2}
 
         def ask(expected, body, path="/v1/score", **headers):
@@ -79,7 +80,7 @@ PROGRAM = """
             ask(429, {**good, "model": broken})
         try:
             http.post("/v1/score", json={"sequences": good["sequences"] * 1000}, timeout=0.05)
-        except httpx.ReadTimeout:  # the caller goes away
+        except httpx.TimeoutException:  # the caller goes away
             pass
     ray.shutdown()
 """
@@ -112,13 +113,11 @@ def test_no_log_holds_keys_text_or_token_ids(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_parameter("model.norm.weight")[0] = float("nan")
     model.save_pretrained(broken)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port("127.0.0.1"))
     arguments = [str(good), str(broken), port, KEY, TEXT, *map(str, IDS)]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout.decode()[-3000:]
     found = re.search(rb"^session (\S+)$", done.stdout, re.MULTILINE)

@@ -12,6 +12,7 @@ from services import packed
 from services.models import load_model
 from teacher.packed_scorer import PackedScorer
 from teacher.scorer import ScoringError
+from teacher.scores import More
 from tests.teacher.conftest import VOCABULARY, Reference
 
 Sequences = list[tuple[list[int], list[int]]]
@@ -44,9 +45,9 @@ async def test_no_forward_exceeds_the_budget_but_for_one_long_sequence(
     forwards: list[list[int]] = []
     real = packed.score_top
 
-    def recording(model: Any, ids: list[list[int]], starts: list[int], top: int) -> Any:
+    def recording(model: Any, ids: list[list[int]], *asked: Any, **more: Any) -> Any:
         forwards.append([len(i) for i in ids])
-        return real(model, ids, starts, top)
+        return real(model, ids, *asked, **more)
 
     monkeypatch.setattr(packed, "score_top", recording)
     scorer = PackedScorer(load_model(str(model_dir)), batch_tokens=50)
@@ -107,6 +108,34 @@ async def test_calls_at_the_same_time_each_get_their_own_scores(
     )
     for one, part in zip(whole, parts, strict=True):
         np.testing.assert_allclose(part[0].logprobs, one.logprobs, atol=1e-5)
+
+
+async def test_each_caller_gets_what_it_asked_for_and_no_more(
+    packed_scorer: PackedScorer, reference: Reference
+) -> None:
+    """In one batch: three candidates and the entropy, one candidate, neither."""
+    ids = [[5, 17, 3, 60, 2], [5, 17, 9], [8, 7, 6]]
+    wide, narrow = (
+        np.array([[1, 2, 3], [90, 4, 60], [2, 5, 0]], np.int32),
+        np.array([[7]], np.int32),
+    )
+    first, second, third = await asyncio.gather(
+        packed_scorer.score([ids[0]], [2], 1, More(True, [wide])),
+        packed_scorer.score([ids[1]], [2], 0, More(candidates=[narrow])),
+        packed_scorer.score([ids[2]], [1]),
+    )
+    table = reference.table(ids[0])[1:-1]
+    expected = table.gather(1, torch.tensor(wide).long())
+    np.testing.assert_allclose(first[0].candidates, expected, atol=1e-4)
+    np.testing.assert_allclose(first[0].entropy, -(table.exp() * table).sum(1), atol=1e-4)
+    assert first[0].top_ids.shape == (3, 1)
+    expected = reference.table(ids[1])[1:-1, [7]]
+    np.testing.assert_allclose(second[0].candidates, expected, atol=1e-4)
+    assert second[0].entropy is None and second[0].top_ids.shape == (1, 0)
+    assert third[0].candidates is None and third[0].entropy is None
+    (nothing,) = await packed_scorer.score([[4]], [1], 0, More(True, [wide[:0]]))
+    assert nothing.candidates is not None and nothing.candidates.shape == (0, 3)
+    assert nothing.entropy is not None and len(nothing.entropy) == 0
 
 
 async def test_an_empty_completion_scores_as_nothing(packed_scorer: PackedScorer) -> None:

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services.stage import BadItem, Unavailable
+from services.errors import BadItem, Unavailable, WorkerFailed
 from teacher.client import BadAnswer, NoLogProbs, Target
 from teacher.config import TeacherConfig
 from teacher.openai_client import CompletionsClient, Probe
@@ -34,14 +34,25 @@ from tests.teacher.fakes import (
     fake_app,
     fake_scores,
     listening,
-    until,
 )
+from tests.waiting import DEADLINE_S, until
 
 PAIR = (np.array([1, 2], np.int32), np.array([3, 4], np.int32))
 
 
 def pool(urls: Sequence[str], **options: Any) -> TeacherPool:
-    return TeacherPool(Servers([Target(url) for url in urls], **{"timeout_s": 10.0, **options}))
+    return TeacherPool(
+        Servers([Target(url) for url in urls], **{"timeout_s": DEADLINE_S, **options})
+    )
+
+
+async def warm_pool(urls: Sequence[str]) -> TeacherPool:
+    """A pool that knows how fast its servers are, and has overtaken none so far."""
+    servers = pool(urls)
+    for _ in range(30):
+        await assert_scores(servers)
+    servers._hedge_factor = 2.0
+    return servers
 
 
 async def assert_scores(servers: TeacherPool) -> None:
@@ -130,9 +141,7 @@ async def test_three_failures_in_a_row_take_a_server_out_until_it_is_well() -> N
 async def test_a_straggler_is_overtaken_and_its_slot_freed(
     urls: list[str], scorers: list[FakeScorer]
 ) -> None:
-    servers = pool(urls, hedge_factor=2.0)
-    for _ in range(30):
-        await assert_scores(servers)
+    servers = await warm_pool(urls)
     slow = max(scorers, key=lambda scorer: len(scorer.calls))  # its speed is known
     slow.held = asyncio.Event()
     await assert_scores(servers)
@@ -144,15 +153,16 @@ async def test_a_straggler_is_overtaken_and_its_slot_freed(
 async def test_hedging_never_becomes_the_load(
     urls: list[str], scorers: list[FakeScorer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    servers = pool(urls, hedge_factor=2.0)
-    for _ in range(30):
-        await assert_scores(servers)
+    servers = await warm_pool(urls)
     monkeypatch.setattr("teacher.pool._SHORTEST_HEDGE_S", 0.02)
     slow = max(scorers, key=lambda scorer: len(scorer.calls))
     slow.held = asyncio.Event()
+    while servers._may_hedge():
+        await assert_scores(servers)
+    await until(lambda: not any(server.outstanding for server in servers._servers))
     asked = asyncio.create_task(assert_scores(servers))
-    while (await asyncio.wait([asked], timeout=1.0))[0]:  # until one waits for the straggler
-        asked = asyncio.create_task(assert_scores(servers))
+    await asyncio.wait([asked], timeout=0.5)
+    assert not asked.done()  # it waits for the straggler
     assert 0 < servers.hedged < 0.1 * servers.requests + 1
     slow.held.set()
     await asked
@@ -175,18 +185,19 @@ async def test_without_hedging_a_straggler_is_waited_for(
     await servers.aclose()
 
 
-async def test_a_server_with_another_model_is_never_believed(scorers: list[FakeScorer]) -> None:
+async def test_a_server_with_another_model_ends_the_run(scorers: list[FakeScorer]) -> None:
     other, good = FaultyTeacher(), FaultyTeacher()
     other.fault = {"fingerprint": "beef"}
     with listening(other) as one, listening(good) as two:
         servers = pool([one, two], fingerprint="f00d")
-        for _ in range(10):
-            await assert_scores(servers)
+        for _ in range(2):  # though the other could answer
+            with pytest.raises(WorkerFailed, match=f"{one} is another model: .* beef, not f00d"):
+                await servers.score([PAIR])
         alone = pool([one], fingerprint="f00d")
-        with pytest.raises(BadAnswer, match="fingerprint is beef, not f00d"):
+        with pytest.raises(WorkerFailed, match="fingerprint is beef, not f00d"):
             await alone.score([PAIR])
         strict = pool([one, two], fingerprint="cafe")
-        with pytest.raises(Unavailable, match="f00d, not cafe"):
+        with pytest.raises(WorkerFailed, match="f00d, not cafe"):
             await strict.score([PAIR])
         for made in (servers, alone, strict):
             await made.aclose()
@@ -237,7 +248,8 @@ async def test_a_server_that_nobody_has_looked_at_yet_is_waited_for(
         await servers.aclose()
 
 
-async def test_a_server_that_failed_is_not_waited_for() -> None:
+async def test_a_server_that_failed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teacher.pool._CHECK_TIMEOUT_S", 2 * DEADLINE_S)
     faulty = FaultyTeacher()
     only = Slow(faulty)
     only.may.set()
@@ -247,7 +259,7 @@ async def test_a_server_that_failed_is_not_waited_for() -> None:
         faulty.fault = "half body"
         only.may.clear()  # nor does it say what it is
         with pytest.raises(Unavailable, match="cannot be reached"):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE_S):
                 await servers.score([PAIR])
         await servers.aclose()
 
@@ -320,6 +332,9 @@ async def test_whatever_servers_do_a_score_is_right_or_an_error(
             await assert_scores(servers)
         except (Unavailable, BadAnswer, BadItem):
             assert any(teacher.fault not in (None, "delay") for teacher in teachers)
+        except WorkerFailed:
+            assert any(teacher.fault == {"fingerprint": "beef"} for teacher in teachers)
+            break
     await servers.aclose()
 
 
@@ -328,7 +343,9 @@ async def test_whatever_servers_do_a_score_is_right_or_an_error(
 
 async def test_openais_dialect_carries_the_same(scorers: list[FakeScorer]) -> None:
     with listening(fake_app(scorers[0])) as url:
-        client = CompletionsClient(Target(url, model=FAKE_CARD.id), timeout_s=5.0, probe=Probe())
+        client = CompletionsClient(
+            Target(url, model=FAKE_CARD.id), timeout_s=DEADLINE_S, probe=Probe()
+        )
         for top in (0, 3):
             for pair, scores in zip([PAIR] * 2, await client.score([PAIR] * 2, top), strict=True):
                 wanted = fake_scores(pair[1].tolist(), top)
@@ -361,10 +378,14 @@ async def test_each_server_gets_its_own_key(scorers: list[FakeScorer]) -> None:
         listening(fake_app(scorers[0], ["key-a"])) as one,
         listening(fake_app(scorers[1], ["key-b"])) as two,
     ):
-        both = TeacherPool(Servers([Target(one, "key-a"), Target(two, "key-b")], timeout_s=5.0))
+        both = TeacherPool(
+            Servers([Target(one, "key-a"), Target(two, "key-b")], timeout_s=DEADLINE_S)
+        )
         await assert_scores(both)
         await until(lambda: both.down == 0)
-        swapped = TeacherPool(Servers([Target(one, "key-b"), Target(two, "key-a")], timeout_s=5.0))
+        swapped = TeacherPool(
+            Servers([Target(one, "key-b"), Target(two, "key-a")], timeout_s=DEADLINE_S)
+        )
         with pytest.raises(Unavailable, match="answered 401: a valid API key is needed"):
             await swapped.score([PAIR])
         for made in (both, swapped):
@@ -402,7 +423,7 @@ async def test_a_private_authority_is_trusted_where_it_is_named(
 ) -> None:
     cert, key = _certificate(tmp_path)
     with listening(fake_app(scorers[0]), ssl_certfile=cert, ssl_keyfile=key) as url:
-        trusting = TeacherPool(Servers([Target(url, ca_file=cert)], timeout_s=5.0))
+        trusting = TeacherPool(Servers([Target(url, ca_file=cert)], timeout_s=DEADLINE_S))
         await assert_scores(trusting)
         stranger = pool([url])
         with pytest.raises(Unavailable, match="CERTIFICATE_VERIFY_FAILED"):

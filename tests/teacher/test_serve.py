@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,28 +18,29 @@ from teacher.admission import Admission
 from teacher.app import Teacher, build_app
 from teacher.auth import InsecureAddress, KeyRing
 from teacher.client import Target, TeacherClient
-from teacher.config import CacheConfig, TeacherConfig
+from teacher.config import CacheConfig, TeachersConfig
 from teacher.metrics import Metrics
 from teacher.serve import TeacherFailed, deploy_teacher, remembering, stop_teacher
 from tests.teacher.conftest import CONTEXT, Reference
 from tests.teacher.fakes import FAKE_CARD, FakeScorer
+from tests.waiting import DEADLINE_S, until
 
 
-def _config(model: Path | str, **fields: object) -> TeacherConfig:
+def _config(model: Path | str, scoring: object = None, **fields: object) -> TeachersConfig:
     engine = {"kind": "transformers", "device": "cpu"}
-    values = {"model": str(model), "engine": engine, "port": 0, **fields}
-    return TeacherConfig.model_validate(values)
+    teacher = {"model": str(model), "engine": engine, **fields}
+    return TeachersConfig.model_validate({"teacher": teacher, "scoring": scoring or {"port": 0}})
 
 
 def test_other_machines_are_not_served_without_a_key(model_dir: Path) -> None:
     with pytest.raises(InsecureAddress):
-        deploy_teacher(_config(model_dir, host="0.0.0.0"), [], name="open")
+        deploy_teacher(_config(model_dir, {"host": "0.0.0.0", "port": 0}), [], name="open")
 
 
 async def test_the_metrics_count_what_the_cache_saved(
     scorer: FakeScorer, redis_server: EmbeddedRedis
 ) -> None:
-    metrics, settings = Metrics(), CacheConfig(url=redis_server.url, max_bytes=1 << 20)
+    metrics, settings = Metrics(), CacheConfig(url=redis_server.url)
     card = FAKE_CARD.model_copy(update={"fingerprint": uuid.uuid4().hex})  # no other test's
     remembered = remembering(scorer, card, settings, metrics)
     app = build_app(
@@ -79,7 +79,7 @@ async def test_the_deployed_teacher_scores_like_transformers(
     url = deploy_teacher(_config(model_dir), ["the-key"], name="teacher", route_prefix="/t")
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{url}/v1/models").status_code == 401
-    client = TeacherClient(Target(url, "the-key"), timeout_s=60.0)
+    client = TeacherClient(Target(url, "the-key"), timeout_s=DEADLINE_S)
     card = await client.info()
     assert card.id == str(model_dir)
     scores = await client.score(
@@ -120,7 +120,9 @@ def test_a_teacher_that_cannot_start_says_what_its_replica_said() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_teacher_that_finds_no_room_is_given_up_at_the_deadline(model_dir: Path) -> None:
-    config = _config(model_dir, resources={"cpus": 64}, start_timeout_s=3.0, drain_s=1.0)
+    config = _config(
+        model_dir, {"port": 0, "start_timeout_s": 3.0}, resources={"cpus": 64}, drain_s=1.0
+    )
     with pytest.raises(TeacherFailed, match="not healthy within 3 s; it last said"):
         deploy_teacher(config, [], name="huge")
 
@@ -130,7 +132,7 @@ def test_a_teacher_that_finds_no_room_is_given_up_at_the_deadline(model_dir: Pat
 def test_a_second_port_in_one_cluster_is_refused(model_dir: Path) -> None:
     deploy_teacher(_config(model_dir), [], name="first")
     with pytest.raises(TeacherFailed, match="already listens on"):
-        deploy_teacher(_config(model_dir, port=1), [], name="second")
+        deploy_teacher(_config(model_dir, {"port": 1}), [], name="second")
 
 
 @pytest.mark.slow
@@ -138,33 +140,24 @@ def test_a_second_port_in_one_cluster_is_refused(model_dir: Path) -> None:
 async def test_at_ten_times_its_capacity_it_says_so_recovers_and_drains(model_dir: Path) -> None:
     """Four requests are held at once and forty keep asking; then one goes away, one is cut off by
     its caller, and the last is finished although the teacher is told to stop."""
-    url = deploy_teacher(_config(model_dir, max_ongoing_requests=4), [], name="busy")
+    url = deploy_teacher(
+        _config(model_dir, max_ongoing_requests=4, drain_s=DEADLINE_S), [], name="busy"
+    )
     work = {"sequences": [{"prompt": [1], "completion": [2] * (CONTEXT - 1)}] * 16}
     long = {"sequences": work["sequences"] * 64}
-    answers: list[tuple[int, float, str]] = []
+    answers: list[tuple[int, str]] = []
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, limits=limits) as client:
 
-        async def keep_asking(until: float) -> None:
-            while time.monotonic() < until:
-                started = time.monotonic()
+        async def keep_asking() -> None:
+            while sum(status == 200 for status, _ in answers) < 20:
                 response = await client.post("/v1/score", json=work)
-                taken = time.monotonic() - started
-                answers.append(
-                    (response.status_code, taken, response.headers.get("retry-after", ""))
-                )
+                answers.append((response.status_code, response.headers.get("retry-after", "")))
 
-        started = time.monotonic()
-        assert (await client.post("/v1/score", json=work)).status_code == 200
-        alone = time.monotonic() - started
-        end = time.monotonic() + 2
-        await asyncio.gather(*(keep_asking(end) for _ in range(40)))
-        assert {status for status, _, _ in answers} == {200, 503}
-        assert all(int(retry) >= 1 for status, _, retry in answers if status == 503)
-        assert max(taken for status, taken, _ in answers if status == 200) < 5 + 20 * alone
-        started = time.monotonic()
+        await asyncio.gather(*(keep_asking() for _ in range(40)))
+        assert {status for status, _ in answers} == {200, 503}
+        assert all(int(retry) >= 1 for status, retry in answers if status == 503)
         assert (await client.post("/v1/score", json=work)).status_code == 200  # at once again
-        assert time.monotonic() - started < 2 + 5 * alone
 
         cut_off = asyncio.create_task(client.post("/v1/score", json=long))
         await _metric(client, "scope_teacher_held_requests 1.0")
@@ -181,6 +174,8 @@ async def test_at_ten_times_its_capacity_it_says_so_recovers_and_drains(model_di
 
 async def _metric(client: httpx.AsyncClient, line: str) -> None:
     """Waits until the teacher says so of itself."""
-    async with asyncio.timeout(20):
-        while line not in (await client.get("/metrics")).text:
-            await asyncio.sleep(0.05)
+
+    async def said() -> bool:
+        return line in (await client.get("/metrics")).text
+
+    await until(said, every_s=0.05)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from ray import serve
 from ray.serve.schema import ReplicaState
 
 from teacher.client import Target, TeacherClient
-from teacher.config import TeacherConfig
+from teacher.config import TeachersConfig
 from teacher.serve import deploy_teacher, stop_teacher
 from tests.builders import save_tiny
 from tests.teacher.conftest import CONTEXT, VOCABULARY, Reference
+from tests.waiting import DEADLINE_S, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
@@ -43,9 +44,8 @@ def url(ray_cluster: None, models: dict[str, str]) -> Iterator[str]:
     delays = {"upscale_delay_s": 0.5, "downscale_delay_s": 1.0}
     scale = {"max_replicas": 2, "target_requests": 2.0, **delays}
     code = {"model": models["b"], "autoscale": scale, **settings}
-    config = TeacherConfig.model_validate(
-        {"model": models["a"], "port": 0, "others": {"code": code}, **settings}
-    )
+    teachers = {"default": {"model": models["a"], **settings}, "code": code}
+    config = TeachersConfig.model_validate({"teachers": teachers, "scoring": {"port": 0}})
     yield deploy_teacher(config, ["the-key"], name=NAME, route_prefix="/both")
     serve.delete(NAME)
 
@@ -57,15 +57,9 @@ def replicas(deployment: str) -> dict[ReplicaState, int]:
     return found
 
 
-async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 60.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not await condition():
-            await asyncio.sleep(0.1)
-
-
 @asynccontextmanager
 async def asking(url: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=url, timeout=60, headers=KEY) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, headers=KEY) as client:
         yield client
 
 
@@ -83,7 +77,7 @@ async def test_each_model_scores_like_transformers_under_its_own_name(
     pair = ([1, 2, 3], [4, 50, 96])
     said = []
     for directory in models.values():
-        client = TeacherClient(Target(url, "the-key", directory), timeout_s=60.0)
+        client = TeacherClient(Target(url, "the-key", directory), timeout_s=DEADLINE_S)
         (scores,) = await client.score([(np.array(pair[0], np.int32), np.array(pair[1], np.int32))])
         expected = Reference(Path(directory)).score(*pair)
         np.testing.assert_allclose(scores.logprobs, expected, atol=1e-4)

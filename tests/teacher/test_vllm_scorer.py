@@ -17,6 +17,7 @@ from teacher.config import TeacherConfig
 from teacher.scorer import Scorer, ScoringError, build_scorer
 from tests.builders import CONTEXT, VLLM_HEAD, save_tiny, tiny_model
 from tests.teacher.conftest import Reference
+from tests.waiting import DEADLINE_S
 
 pytestmark = [
     pytest.mark.slow,
@@ -145,5 +146,5 @@ async def test_cancelled_requests_leave_the_engine_free(scorer: Scorer) -> None:
     for call in calls:
         call.cancel()
     await asyncio.wait(calls)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         assert await scorer.score([[1, 2]], [1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,8 @@ import httpx
 import numpy as np
 import pytest
 
-from services.stage import BadItem
+from services.errors import BadItem
+from services.ports import free_port
 from services.trajectory import TokenIds
 from teacher.admission import Admission
 from teacher.app import Teacher, build_app
@@ -28,12 +28,12 @@ from teacher.pool import Servers, TeacherPool
 from teacher.scorer import build_scorer, model_card
 from tests.builders import VLLM_HEAD, save_tiny
 from tests.teacher.conftest import Reference
-from tests.teacher.fakes import listening, until
+from tests.teacher.fakes import listening
+from tests.waiting import DEADLINE_S, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm")]
 
 KEY = "the-key"
-START_S = 240.0
 CONTEXT = 256
 PAIRS: list[tuple[TokenIds, TokenIds]] = [
     (np.arange(2, 2 + p, dtype=np.int32) % 20, np.arange(5, 5 + t, dtype=np.int32) % 20)
@@ -49,14 +49,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(directory: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The URL and the process of vLLM's own server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port("127.0.0.1")
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
         "--served-model-name", "the-teacher", "--host", "127.0.0.1", "--port", str(port),
         "--api-key", KEY, "--dtype", "float32", "--enforce-eager", "--max-model-len", str(CONTEXT),
-        "--kv-cache-memory-bytes", str(1 << 26), "--block-size", "32",
+        "--kv-cache-memory-bytes", str(1 << 26), "--block-size", "32", "--enable-prefix-caching",
     ]  # fmt: skip
     environment = {
         **os.environ,
@@ -79,7 +77,7 @@ def served(directory: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(f"{url}/health").is_success:
@@ -92,7 +90,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 async def test_vllm_serve_scores_as_transformers_does(
     served: tuple[str, subprocess.Popen[bytes]], directory: Path
 ) -> None:
-    client = CompletionsClient(Target(served[0], KEY), timeout_s=60.0, probe=Probe())
+    client = CompletionsClient(Target(served[0], KEY), timeout_s=DEADLINE_S, probe=Probe())
     await client.check()
     assert client.fingerprint == "name:the-teacher"
     reference = Reference(directory)
@@ -108,6 +106,41 @@ async def test_vllm_serve_scores_as_transformers_does(
     with pytest.raises(BadItem, match="answered 400"):
         await client.score([(PAIRS[0][0], np.array([10_000], np.int32))])
     await client.aclose()
+
+
+async def test_with_prefix_caching_scores_do_not_depend_on_the_order_of_requests(
+    served: tuple[str, subprocess.Popen[bytes]], directory: Path
+) -> None:
+    """Answers of 9 to 50 tokens after a prompt of three whole blocks, which the cache holds."""
+    url, prompt = served[0], (np.arange(96, dtype=np.int32) * 7) % 290
+    answers = [(np.arange(n, dtype=np.int32) * n) % 290 for n in (9, 20, 35, 50)]
+    pairs = [(prompt, answer) for answer in answers]
+    http = httpx.Client(
+        base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=DEADLINE_S
+    )
+
+    def hits() -> float:
+        lines = http.get("/metrics").text.splitlines()
+        return sum(
+            float(line.split()[-1]) for line in lines
+            if line.startswith("vllm:prefix_cache_hits_total")
+        )  # fmt: skip
+
+    for _ in range(2):  # what generates fills the cache, and reads it
+        body = {"model": "the-teacher", "prompt": prompt.tolist(), "max_tokens": 1}
+        http.post("/v1/completions", json=body).raise_for_status()
+    assert hits() >= 64
+    client = CompletionsClient(Target(url, KEY), timeout_s=DEADLINE_S, probe=Probe())
+    await client.check()
+    forth = await client.score(pairs, 2)
+    back = (await client.score(pairs[::-1], 2))[::-1]
+    alone = [(await client.score([pair], 2))[0] for pair in pairs]
+    await client.aclose()
+    reference = Reference(directory)
+    for index, answer in enumerate(answers):
+        expected = reference.score(prompt.tolist(), answer.tolist())
+        for scores in (forth[index], back[index], alone[index]):
+            np.testing.assert_allclose(scores.logprobs, expected, atol=1e-4)
 
 
 async def test_vllm_serve_killed_under_load_costs_no_request(
@@ -127,7 +160,7 @@ async def test_vllm_serve_killed_under_load_costs_no_request(
     expected = [reference.score(p.tolist(), c.tolist()) for p, c in PAIRS]
     with listening(app) as ours:
         asked = [Target(served[0], KEY), Target(ours)]
-        servers = TeacherPool(Servers(asked, timeout_s=60.0, fingerprint=card.fingerprint))
+        servers = TeacherPool(Servers(asked, timeout_s=DEADLINE_S, fingerprint=card.fingerprint))
         stop, answered = asyncio.Event(), 0
 
         async def load() -> None:

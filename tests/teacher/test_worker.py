@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from services.config import StageConfig
-from services.stage import Connection, PatienceExceeded
+from services.errors import BadItem, PatienceExceeded
+from services.stage import Connection
 from services.streams import Streams, claim
+from services.teacher_need import TeacherNeed
 from services.trajectory import (
     Outcome,
     Prompt,
@@ -30,13 +32,15 @@ from teacher.admission import Admission
 from teacher.app import Teacher, build_app
 from teacher.auth import KeyRing
 from teacher.client import Target
+from teacher.ends import Ends
 from teacher.pool import Servers
-from teacher.worker import Need, TeacherWorker
+from teacher.worker import TeacherSettings, TeacherWorker
+from tests.builders import post
 from tests.teacher.fakes import FAKE_CARD, FakeScorer, FaultyTeacher, fake_app, listening
+from tests.waiting import DEADLINE_S, until
 
 OUTCOMES: Sequence[Outcome] = ("correct", "incorrect", "unknown", "incorrect", "incorrect")
 COMPLETIONS: Sequence[list[int]] = ([11], [21, 22], [31], [], [51, 52, 53])
-DEADLINE_S = 20.0
 
 
 def group(order: int = 0) -> VerifiedGroup:
@@ -69,27 +73,19 @@ async def scored(streams: Streams) -> list[ScoredGroup]:
     return [decode(ScoredGroup, fields[b"item"]) for _, fields in entries]
 
 
-async def until(condition: Callable[[], Awaitable[Any]]) -> Any:
-    """The first true value of `condition`."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not (value := await condition()):
-            await asyncio.sleep(0.02)
-        return value
-
-
 @asynccontextmanager
 async def working(
     connection: Connection,
     url: str,
-    need: Need = "incorrect",
+    need: TeacherNeed = "incorrect",
     *,
     fingerprint: str | None = None,
-    timeout_s: float = 5.0,
+    timeout_s: float = DEADLINE_S,
     top: int = 0,
 ) -> AsyncIterator[TeacherWorker]:
     """A worker that runs inside of the block and is cut off after it, as a kill would."""
     servers = {"default": Servers([Target(url, "key")], timeout_s, fingerprint)}
-    made = TeacherWorker(connection, servers, need, top, "teacher-0", capacity=16)
+    made = TeacherWorker(post(connection, "teacher"), TeacherSettings(need, top, servers))
     async with running(made) as worker:
         yield worker
 
@@ -112,7 +108,7 @@ async def test_only_what_the_objective_needs_is_scored(
     streams: Streams,
     faulty: FaultyTeacher,
     faulty_url: str,
-    need: Need,
+    need: TeacherNeed,
     asked: list[int],
     empty: list[int],
 ) -> None:
@@ -144,6 +140,37 @@ async def test_the_most_likely_tokens_come_along_where_the_objective_wants_them(
         np.testing.assert_allclose(top.logprobs, np.tile([0.0, -0.01], (length, 1)))
 
 
+async def test_the_student_s_tokens_are_scored_and_the_entropy_comes_along(
+    connection: Connection, streams: Streams, faulty: FaultyTeacher, faulty_url: str
+) -> None:
+    """The student ends with 53 and the teacher with 3, among the student's tokens too."""
+    original = group()
+    with pytest.raises(BadItem, match="recorded no most likely tokens"):
+        await TeacherWorker(
+            post(connection, "teacher"), TeacherSettings("incorrect", student_top=True)
+        ).process(original)
+    trajectories = tuple(
+        replace(t, top=np.tile(np.array([[53, 8]], np.int32), (len(t.token_ids), 1)))
+        for t in original.rollout.trajectories
+    )
+    rollout = replace(original.rollout, trajectories=trajectories)
+    await put(streams, encode(replace(original, rollout=rollout)))
+    servers = {"default": Servers([Target(faulty_url, "key")], DEADLINE_S)}
+    ends = {"default": Ends((53,), 3)}
+    settings = TeacherSettings("incorrect", 0, servers, ends, student_top=True, entropy=True)
+    async with running(TeacherWorker(post(connection, "teacher"), settings)):
+        (result,) = await until(lambda: scored(streams))
+    (sent,) = [request["sequences"] for request in faulty.requests]
+    assert [one["candidates"] for one in sent] == [[[3, 8]] * 2, [[3, 8]] * 3]
+    assert sorted(result.teacher_top) == sorted(result.teacher_entropy) == [1, 3, 4]
+    for place, top in result.teacher_top.items():
+        assert top.ids is result.rollout.trajectories[place].top  # said once in the record
+        np.testing.assert_allclose(top.logprobs, np.tile([-0.03, -0.08], (len(top.ids), 1)))
+        np.testing.assert_allclose(
+            result.teacher_entropy[place], -result.teacher_logprobs[place] / 2, rtol=1e-6
+        )
+
+
 @pytest.fixture
 def two_teachers() -> Iterator[dict[str, str]]:
     """The URL of each: real applications, whose models say different things."""
@@ -172,9 +199,12 @@ async def test_each_group_is_scored_by_its_own_teacher(
         await put(streams, encode(group_of(name, order)))
     fingerprints = {"default": "f00d", "code": "c0de"}
     teachers = {
-        name: Servers([Target(url)], 5.0, fingerprints[name]) for name, url in two_teachers.items()
+        name: Servers([Target(url)], DEADLINE_S, fingerprints[name])
+        for name, url in two_teachers.items()
     }
-    async with running(TeacherWorker(connection, teachers, "all", 0, "t", capacity=4)) as worker:
+    async with running(
+        TeacherWorker(post(connection, "teacher"), TeacherSettings("all", 0, teachers))
+    ) as worker:
 
         async def all_there() -> bool:
             return (await streams.ledger()).depth["scored"] == len(names)
@@ -205,9 +235,14 @@ async def test_one_teacher_s_scores_are_not_taken_for_another_s(
     await put(streams, encode(group_of("default", 0)))
     await put(streams, encode(group_of("code", 1)))
     target = [Target(two_teachers["code"])]
-    teachers = {"default": Servers(target, 5.0, "f00d"), "code": Servers(target, 5.0, "c0de")}
-    patient = replace(connection, config=StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
-    async with running(TeacherWorker(patient, teachers, "all", 0, "t", capacity=4)) as worker:
+    teachers = {
+        "default": Servers(target, DEADLINE_S, "f00d"),
+        "code": Servers(target, DEADLINE_S, "c0de"),
+    }
+    patient = replace(connection, config=StageConfig(lease_s=2.0, patience_s=DEADLINE_S))
+    async with running(
+        TeacherWorker(post(patient, "teacher"), TeacherSettings("all", 0, teachers))
+    ) as worker:
 
         async def refused() -> bool:
             report = (await streams.reports()).get(worker.consumer, {})
@@ -247,9 +282,10 @@ async def test_while_the_teacher_is_down_the_item_waits_and_is_scored_when_it_he
     said: str,
 ) -> None:
     faulty.fault = fault
-    patient = replace(connection, config=StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
+    patient = replace(connection, config=StageConfig(lease_s=2.0, patience_s=DEADLINE_S))
     await put(streams, encode(group()))
-    async with working(patient, faulty_url, timeout_s=0.3) as worker:
+    timeout_s = 0.3 if fault == "silence" else DEADLINE_S
+    async with working(patient, faulty_url, timeout_s=timeout_s) as worker:
 
         async def waiting() -> str:
             report = (await streams.reports()).get(worker.consumer, {})
@@ -287,7 +323,7 @@ async def test_garbage_buries_the_item_and_scores_nothing(
     said: str,
 ) -> None:
     faulty.fault = fault
-    strict = replace(connection, config=StageConfig(lease_s=0.4, max_deliveries=1))
+    strict = replace(connection, config=StageConfig(lease_s=2.0, max_deliveries=1))
     await put(streams, encode(group()))
     async with working(strict, faulty_url, fingerprint="f00d"):
         (dead,) = await until(streams.dead)
@@ -314,7 +350,7 @@ async def test_an_item_that_garbage_met_once_is_scored_when_the_teacher_heals(
     connection: Connection, streams: Streams, faulty: FaultyTeacher, faulty_url: str
 ) -> None:
     faulty.fault = b"garbage"
-    many = replace(connection, config=StageConfig(lease_s=0.4, max_deliveries=1000))
+    many = replace(connection, config=StageConfig(lease_s=2.0, max_deliveries=1000))
     await put(streams, encode(group()))
     async with working(many, faulty_url):
 
@@ -355,8 +391,8 @@ async def test_past_the_patience_the_worker_stops_and_the_item_stays(
     faulty.fault = 503
     hasty = replace(connection, config=StageConfig(lease_s=0.4, patience_s=0.1))
     await put(streams, encode(group()))
-    servers = {"default": Servers([Target(faulty_url)], timeout_s=5.0)}
-    worker = TeacherWorker(hasty, servers, "all", 0, "teacher-0", capacity=16)
+    servers = {"default": Servers([Target(faulty_url)], timeout_s=DEADLINE_S)}
+    worker = TeacherWorker(post(hasty, "teacher"), TeacherSettings("all", 0, servers))
     with pytest.raises(PatienceExceeded, match="this is fault 503"):
         await asyncio.wait_for(worker.run(), DEADLINE_S)
     ledger = await streams.ledger()
@@ -367,10 +403,10 @@ async def test_a_stopped_worker_finishes_what_it_holds(
     connection: Connection, streams: Streams, faulty: FaultyTeacher, faulty_url: str
 ) -> None:
     faulty.fault = 503
-    patient = replace(connection, config=StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
+    patient = replace(connection, config=StageConfig(lease_s=2.0, patience_s=DEADLINE_S))
     await put(streams, encode(group()))
-    servers = {"default": Servers([Target(faulty_url)], timeout_s=5.0)}
-    worker = TeacherWorker(patient, servers, "all", 0, "teacher-0", capacity=16)
+    servers = {"default": Servers([Target(faulty_url)], timeout_s=DEADLINE_S)}
+    worker = TeacherWorker(post(patient, "teacher"), TeacherSettings("all", 0, servers))
     task = asyncio.create_task(worker.run())
 
     async def asked() -> bool:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.trajectory import ScoredGroup, TopTokens
-from tests.builders import scored_group
+from tests.builders import VOCAB, scored_group
 from trainer.batch import BadGroup, Batch, MicroBatch, check, families, fits, micro_batches, shares
 
 lengths = st.lists(st.integers(0, 50), min_size=1, max_size=12)
@@ -64,7 +64,9 @@ def test_families_fill_micro_batches_as_their_packs_say(
     for part in made:
         for family in part:
             assert len(set(batch.group[family].tolist())) == 1
-        tokens = len(MicroBatch.of(batch, part, torch.device("cpu")).pack.token_ids)
+        tokens = len(
+            MicroBatch.of(batch, part, torch.device("cpu"), vocabulary=VOCAB).pack.token_ids
+        )
         assert tokens <= budget or [len(family) for family in part] == [1]
     for group in range(len(groups)) if together is not None else ():
         members = (batch.group == group).nonzero().flatten().tolist()
@@ -170,7 +172,7 @@ def test_a_batch_does_not_depend_on_the_order_of_arrival(order: list[int]) -> No
 
 def test_a_micro_batch_lines_up_tokens_of_all_sources() -> None:
     group = scored_group(["correct", "incorrect"], lengths=[2, 3], teacher_nll=[0, 0.5])
-    micro = MicroBatch.of(Batch.of([group]), [[1], [0]], torch.device("cpu"))
+    micro = MicroBatch.of(Batch.of([group]), [[1], [0]], torch.device("cpu"), vocabulary=VOCAB)
     first, second = group.rollout.trajectories
     assert micro.pack.targets.tolist() == [*second.token_ids, *first.token_ids]
     assert micro.sequence.tolist() == [1, 1, 1, 0, 0]
@@ -197,27 +199,96 @@ def test_numbers_that_would_poison_the_gradient_are_refused(
     group = scored_group(["correct", "incorrect"])
     spoil(group, value)
     with pytest.raises(BadGroup, match=message):
-        check(group, "incorrect")
+        check(group, "incorrect", vocabulary=VOCAB)
 
 
 def test_a_missing_score_is_refused_only_where_it_is_needed() -> None:
     group = scored_group(["correct", "incorrect", "unknown"], score=())
-    check(group, "none")
+    check(group, "none", vocabulary=VOCAB)
     with pytest.raises(BadGroup, match="trajectory 1 is incorrect and has no teacher score"):
-        check(group, "incorrect")
+        check(group, "incorrect", vocabulary=VOCAB)
     with pytest.raises(BadGroup, match="trajectory 0 is correct"):
-        check(group, "all")
-    check(scored_group(["correct", "incorrect", "unknown"]), "incorrect")
+        check(group, "all", vocabulary=VOCAB)
+    check(scored_group(["correct", "incorrect", "unknown"]), "incorrect", vocabulary=VOCAB)
 
 
 def test_the_most_likely_tokens_are_missed_where_a_divergence_needs_them() -> None:
     group = scored_group(["correct", "incorrect"], lengths=[2, 3])
     with pytest.raises(BadGroup, match="top 4 of trajectory 1: none"):
-        check(group, "incorrect", top=4)
+        check(group, "incorrect", top=4, vocabulary=VOCAB)
     for k, message in ((2, r"top 4 of trajectory 1: \(3, 2\)"), (4, "not finite")):
         tokens = TopTokens(np.zeros((3, k), np.int32), np.full((3, k), -np.inf, np.float32))
         with pytest.raises(BadGroup, match=message):
-            check(dataclasses.replace(group, teacher_top={1: tokens}), "incorrect", top=4)
+            check(
+                dataclasses.replace(group, teacher_top={1: tokens}),
+                "incorrect",
+                top=4,
+                vocabulary=VOCAB,
+            )
+
+
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        ([0, 0, 1], "3 for its tokens"),
+        ([0, 0, 2, 2], "not in order"),
+        ([1, 1, 2, 2], "not in order"),
+        ([0, 1, 0, 1], "not in order"),
+        ([0, -2, 1, 1], "not in order"),
+    ],
+)
+def test_chunks_that_are_none_are_refused(chunks: list[int], message: str) -> None:
+    group = scored_group(["incorrect"], lengths=[4])
+    for good in ([0, 1, 2, 3], [0, 0, 1, -1], [-1] * 4):
+        cut = dataclasses.replace(group, chunks={0: np.array(good, np.int32)})
+        check(cut, "incorrect", vocabulary=VOCAB)
+    with pytest.raises(BadGroup, match=message):
+        cut = dataclasses.replace(group, chunks={0: np.array(chunks, np.int32)})
+        check(cut, "incorrect", vocabulary=VOCAB)
+
+
+def test_the_entropy_is_missed_where_it_is_needed() -> None:
+    group = scored_group(["correct", "incorrect"], lengths=[2, 3])
+    for spread in ({}, {1: np.zeros(2, np.float32)}, {1: np.full(3, np.nan, np.float32)}):
+        with pytest.raises(BadGroup, match="entropy of trajectory 1: missing"):
+            check(
+                dataclasses.replace(group, teacher_entropy=spread),
+                "incorrect",
+                vocabulary=VOCAB,
+                entropy=True,
+            )
+    told = dataclasses.replace(group, teacher_entropy={1: np.ones(3, np.float32)})
+    check(told, "incorrect", vocabulary=VOCAB, entropy=True)
+
+
+def test_tokens_that_the_student_has_no_rows_for_are_refused() -> None:
+    for bad in (-1, VOCAB):
+        group = scored_group(["correct", "incorrect"])
+        group.rollout.trajectories[1].token_ids[2] = bad
+        with pytest.raises(BadGroup, match=rf"trajectory 1: token {bad} is not among"):
+            check(group, "incorrect", vocabulary=VOCAB)
+        group = scored_group(["correct"], prompt_length=3)
+        group.prompt.token_ids[0] = bad
+        with pytest.raises(BadGroup, match=rf"the prompt: token {bad} is not among"):
+            check(group, "incorrect", vocabulary=VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda top: top.ids.fill(-1), "token -1"),
+        (lambda top: top.logprobs.fill(-0.1), "add up to 1.81"),
+    ],
+)
+def test_most_likely_tokens_that_are_no_distribution_are_refused(
+    spoil: Callable[[TopTokens], None], message: str
+) -> None:
+    tokens = TopTokens(np.zeros((5, 2), np.int32), np.full((5, 2), -2, np.float32))
+    group = dataclasses.replace(scored_group(["incorrect"]), teacher_top={0: tokens})
+    check(group, "incorrect", 2, vocabulary=VOCAB)
+    spoil(tokens)
+    with pytest.raises(BadGroup, match=message):
+        check(group, "incorrect", 2, vocabulary=VOCAB)
 
 
 @settings(deadline=None)
@@ -242,4 +313,4 @@ def test_a_score_of_the_wrong_length_is_refused() -> None:
     group = scored_group(["incorrect"], lengths=[4])
     group.teacher_logprobs[0] = group.teacher_logprobs[0][:3]  # type: ignore[index]
     with pytest.raises(BadGroup, match="3 values for 4 tokens"):
-        check(group, "incorrect")
+        check(group, "incorrect", vocabulary=VOCAB)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import fsspec
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.builders import scored_group, tiny_model
-from tests.trainer.object_stores import gcs
+from tests.object_stores import gcs
+from tests.waiting import DEADLINE_S
 from trainer.batch import Batch
 from trainer.checkpoint import CheckpointFailed, Progress, Saver, latest, ranges
 from trainer.config import OptimizerConfig, TrainerConfig
@@ -82,6 +84,20 @@ def test_those_of_every_so_many_steps_stay_with_their_model(storage: Storage) ->
     assert storage.names() == ["step-000003", "step-000006", "step-000007"]
     assert storage.read("step-000003/model/config.json") == b"{}"
     assert not storage.exists("step-000007/model")
+
+
+def test_nothing_of_a_save_stays_in_memory(tmp_path: Path) -> None:
+    """The copy is three times the model: without a GPU it is not kept for the next save."""
+    saver = Saver(Storage(tmp_path), keep_last=1)
+    large = {"model.w": torch.ones(50_000_000), "step": torch.tensor(1)}
+    saver.save(state(1), Progress(1, [], []))  # what the first save of all loads stays
+    saver.finish()
+    resident = psutil.Process().memory_info
+    before = resident().rss
+    saver.save(large, Progress(2, [], []))
+    saver.finish()
+    assert resident().rss - before < large["model.w"].nbytes / 2
+    saver.close()
 
 
 @pytest.mark.parametrize("victim", ["__0_0.distcp", ".metadata", "state.json"])
@@ -179,7 +195,7 @@ def test_a_full_disk_leaves_the_one_before_and_the_room(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bwrap", "--dev-bind", "/", "/", "--size", "1000000", "--tmpfs", "/mnt",
          sys.executable, "-W", "ignore", "-c", FULL],
-        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=DEADLINE_S, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     one = "['step-000001'] 1"
@@ -188,7 +204,7 @@ def test_a_full_disk_leaves_the_one_before_and_the_room(tmp_path: Path) -> None:
     assert error == again
     assert "step-000002 could not be written" in error
     assert "No space left on device" in error
-    assert error.endswith("the newest whole one is /mnt/checkpoints/step-000001")
+    assert error.endswith("the newest complete one is /mnt/checkpoints/step-000001")
     assert last == "['step-000001', 'step-000003'] 3"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import hypothesis
 import numpy as np
@@ -14,11 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
-from services.trajectory import ScoredGroup, TopTokens
+from services import packed
+from services.trajectory import LogProbs, ScoredGroup, TokenIds, TopTokens
+from services.weights import check_probe, copy_weights
 from tests.builders import VOCAB, scored_group, tiny_model
-from trainer.batch import Batch
-from trainer.config import ObjectiveConfig, OptimizerConfig, TrainerConfig
+from trainer.batch import Batch, check
+from trainer.config import OptimizerConfig, TrainerConfig
 from trainer.learner import Clock, Learner
+from trainer.objectives.config import ObjectiveConfig, ScopeConfig
 
 
 def groups() -> list[ScoredGroup]:
@@ -36,45 +41,88 @@ def groups() -> list[ScoredGroup]:
 
 def settings(micro_batch_tokens: int = 10_000, **objective: object) -> TrainerConfig:
     return TrainerConfig(
-        objective=ObjectiveConfig(**objective),  # type: ignore[arg-type]
+        objective=ObjectiveConfig.model_validate(objective),
         optimizer=OptimizerConfig(lr=1e-3),
         micro_batch_tokens=micro_batch_tokens,
     )
 
 
-def gradients(config: TrainerConfig, temperature: float = 1.0) -> list[Tensor]:
+def with_tools(group: ScoredGroup) -> ScoredGroup:
+    """The same group, in which the world wrote every third token."""
+    own = [np.arange(len(t.token_ids)) % 3 != 1 for t in group.rollout.trajectories]
+    trajectories = tuple(
+        replace(t, mask=mask, logprobs=np.where(mask, t.logprobs, 0).astype(np.float32))
+        for t, mask in zip(group.rollout.trajectories, own, strict=True)
+    )
+    rollout = replace(group.rollout, trajectories=trajectories)
+    return replace(group, verified=replace(group.verified, rollout=rollout))
+
+
+def with_chunks(group: ScoredGroup) -> ScoredGroup:
+    """The same group under a teacher with another tokenizer: chunks of one to three tokens, whose
+    sums stand with their first, and nothing said of the last tokens of the first trajectory."""
+    scores, chunks = {}, {}
+    for place, logprobs in group.teacher_logprobs.items():
+        dice = np.random.default_rng(place)
+        starts = np.cumsum(dice.integers(1, 4, len(logprobs))) - 1
+        first = np.isin(np.arange(len(logprobs)), [0, *starts])
+        chunk = np.cumsum(first, dtype=np.int32) - 1
+        sums = np.where(first, np.bincount(chunk, logprobs)[chunk], 0.0).astype(np.float32)
+        if place == 2:
+            sums[chunk == chunk[-1]], chunk[chunk == chunk[-1]] = 0.0, -1
+        scores[place], chunks[place] = sums, chunk
+    return replace(group, teacher_logprobs=scores, chunks=chunks)
+
+
+def gradients(
+    config: TrainerConfig, temperature: float = 1.0, made: list[ScoredGroup] | None = None
+) -> list[Tensor]:
     learner = Learner(tiny_model(), config, temperature=temperature)
-    batch = Batch.of(groups())
+    batch = Batch.of(made or groups())
     learner.backward(batch, Clock())
     return [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
 
 
 def expected_gradients(
-    model: Qwen3ForCausalLM, config: ObjectiveConfig, temperature: float
+    model: Qwen3ForCausalLM,
+    config: ScopeConfig,
+    temperature: float,
+    made: list[ScoredGroup] | None = None,
 ) -> list[Tensor]:
-    """The paper's loss, one sequence at a time, in the words of the equations."""
+    """The paper's loss, one sequence at a time, in the words of the equations; over the tokens
+    that the student sampled."""
     total = torch.zeros(())
-    batch = groups()
+    batch = made or groups()
     for group in batch:
-        rows = []
+        rows, owns = [], {}
         for place, t in enumerate(group.rollout.trajectories):
             ids = torch.tensor([*group.prompt.token_ids.tolist(), *t.token_ids.tolist()])
             logits = model(ids[None]).logits[0, len(group.prompt.token_ids) - 1 : -1]
             chosen = torch.tensor(t.token_ids)[:, None].long()
             at_one = logits.log_softmax(-1).gather(1, chosen)[:, 0]
             sampled = (logits / temperature).log_softmax(-1).gather(1, chosen)[:, 0]
-            ratio = (sampled - torch.tensor(t.logprobs)).exp()
+            own = torch.tensor(t.sampled)
+            if place in group.chunks:
+                own &= torch.tensor(group.chunks[place] >= 0)
+            at_one, sampled = at_one[own], sampled[own]
+            ratio = (sampled - torch.tensor(t.logprobs)[own]).exp()
             capped = ratio * (config.is_ratio_cap / ratio.detach()).clamp(max=1.0)
             rows.append((place, at_one, capped))
+            if group.verified.verdicts[place].outcome == "incorrect":
+                owns[place] = own
         correct = [r for r in rows if group.verified.verdicts[r[0]].outcome == "correct"]
         wrong = [r for r in rows if group.verified.verdicts[r[0]].outcome == "incorrect"]
         ppl = [math.exp(-float(lp.detach().mean())) ** (1 / config.tau) for _, lp, _ in correct]
         for (_, _, ratio), p in zip(correct, ppl, strict=True):
             total = total + p / sum(ppl) * -ratio.sum()
-        teacher = [torch.tensor(group.teacher_logprobs[place]) for place, _, _ in wrong]
+        teacher = [torch.tensor(group.teacher_logprobs[i])[own] for i, own in owns.items()]
         inverse = [math.exp(-float(lp.mean())) ** (-1 / config.tau) for lp in teacher]
-        for (_, lp, ratio), t_lp, p in zip(wrong, teacher, inverse, strict=True):
-            total = total + p / sum(inverse) * (ratio * (lp.detach() - t_lp)).sum()
+        for (place, lp, ratio), t_lp, p in zip(wrong, teacher, inverse, strict=True):
+            gap = lp.detach() - t_lp
+            if place in group.chunks:
+                labels = group.chunks[place][group.chunks[place] >= 0].tolist()
+                gap = torch.stack([gap[[c == own for c in labels]].sum() for own in labels])
+            total = total + p / sum(inverse) * (ratio * gap).sum()
     model.zero_grad()
     (total / len(batch)).backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -89,8 +137,59 @@ def assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float = 2
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 def test_gradient_is_the_papers(temperature: float, tau: float) -> None:
-    expected = expected_gradients(tiny_model(), ObjectiveConfig(tau=tau), temperature)
+    expected = expected_gradients(tiny_model(), ScopeConfig(tau=tau), temperature)
     assert_close(gradients(settings(tau=tau), temperature), expected)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [10_000, 25, 1])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_what_the_world_wrote_is_read_and_not_learned(
+    temperature: float, micro_batch_tokens: int
+) -> None:
+    """Against the paper's loss over sampled tokens alone: perplexities, ρ, weights and sums."""
+    made = [with_tools(group) for group in groups()]
+    expected = expected_gradients(tiny_model(), ScopeConfig(), temperature, made)
+    assert_close(gradients(settings(micro_batch_tokens), temperature, made), expected)
+    everything = gradients(settings(), temperature)
+    assert any(not torch.allclose(a, b) for a, b in zip(expected, everything, strict=True))
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [10_000, 25, 1])
+def test_a_chunk_s_log_ratio_is_that_of_each_of_its_tokens(micro_batch_tokens: int) -> None:
+    """Against the paper's loss whose log-ratios are sums over chunks, and whose perplexities are
+    the teacher's sums over the student's tokens, where the teacher has a say."""
+    made = [with_chunks(group) for group in groups()]
+    for group in made:
+        check(group, "incorrect", vocabulary=VOCAB)
+    expected = expected_gradients(tiny_model(), ScopeConfig(), 0.6, made)
+    assert_close(gradients(settings(micro_batch_tokens), 0.6, made), expected)
+    by_token = gradients(settings(), 0.6)
+    assert any(not torch.allclose(a, b) for a, b in zip(expected, by_token, strict=True))
+
+
+def test_chunks_of_one_token_change_nothing() -> None:
+    def alone(scores: Mapping[int, LogProbs]) -> dict[int, TokenIds]:
+        return {place: np.arange(len(of), dtype=np.int32) for place, of in scores.items()}
+
+    made = [replace(group, chunks=alone(group.teacher_logprobs)) for group in groups()]
+    expected = gradients(settings(), 0.6)
+    for got, wanted in zip(gradients(settings(), 0.6, made), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_an_answer_of_which_the_teacher_says_nothing_enters_no_path() -> None:
+    """The others weigh as if it had not been sampled, in a group that is no smaller."""
+    group = with_chunks(groups()[0])
+    scores = {**group.teacher_logprobs, 3: np.zeros(12, np.float32)}
+    chunks = {**group.chunks, 3: np.full(12, -1, np.int32)}
+    refused = replace(group, teacher_logprobs=scores, chunks=chunks)
+    check(refused, "incorrect", vocabulary=VOCAB)
+    verdicts = (
+        *group.verified.verdicts[:3],
+        replace(group.verified.verdicts[3], outcome="unknown"),
+    )
+    unknown = replace(group, verified=replace(group.verified, verdicts=verdicts))
+    assert_close(gradients(settings(), 0.6, [refused]), gradients(settings(), 0.6, [unknown]))
 
 
 def test_micro_batches_do_not_change_the_gradient() -> None:
@@ -143,7 +242,7 @@ def test_sharing_a_prompt_changes_no_gradient_and_no_perplexity(data: st.DataObj
         learner._share = share
         sums, stats = learner.backward(Batch.of(made), Clock())
         gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
-        found.append((gradients, sums, stats.student_nll))
+        found.append((gradients, sums.reduced(), stats.student_nll))
     assert_close(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-3, atol=1e-4)
 
@@ -200,12 +299,60 @@ def test_a_divergence_over_the_whole_vocabulary_is_the_full_one(kind: str) -> No
     )
 
 
+@pytest.mark.parametrize("k", [2, 5])
+def test_a_padded_row_that_wins_counts_to_the_tail_of_both(k: int) -> None:
+    """A teacher with more rows than the student, whose likeliest token is one that the student
+    lacks: the reverse KL is that over the tokens that both have and, as one, all others."""
+    config = settings(kind="opd", divergence="reverse_kl", top_k=k)
+    learner, model = Learner(tiny_model(), config, temperature=0.6), tiny_model()
+    teacher = tiny_model(seed=1, vocab=VOCAB + 8, tied=False)
+    with torch.no_grad():
+        rows = teacher.get_output_embeddings().weight
+        rows[VOCAB + 3] = 0
+        hidden = teacher.model(torch.arange(VOCAB)[None]).last_hidden_state[0]
+        rows[VOCAB + 3] = 3 * hidden.mean(0) / hidden.mean(0).norm()
+    data, total = scored_group(["incorrect"], lengths=[6]), torch.zeros(())
+    theirs, mine = _table(teacher, data, 0, 1.0).detach(), _table(model, data, 0, 1.0)
+    best = theirs.topk(k)
+    assert (best.indices[:, 0] == VOCAB + 3).float().mean() > 0.5  # it wins
+    for ids, q, p in zip(best.indices.tolist(), theirs.exp(), mine.exp(), strict=True):
+        shared = [token for token in ids if token < VOCAB]
+        pairs = [(p[token], q[token]) for token in shared]
+        pairs.append((1 - sum(a for a, _ in pairs), 1 - sum(b for _, b in pairs)))
+        total = total + sum(a * (a.log() - b.log()) for a, b in pairs if shared)
+    total.backward()
+    top = TopTokens(best.indices.numpy().astype(np.int32), best.values.numpy())
+    learner.backward(Batch.of([dataclasses.replace(data, teacher_top={0: top})]), Clock())
+    assert_close(
+        [p.grad for p in learner.model.parameters() if p.grad is not None],
+        [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()],
+    )
+
+
 def test_scope_with_a_divergence_makes_a_finite_step() -> None:
     """Correct trajectories, which nobody scored, share micro-batches with incorrect ones."""
     config = settings(divergence="jsd", top_k=4)
     metrics = Learner(tiny_model(), config, temperature=0.6).step(Batch.of(top_groups(4)))
     assert metrics["kl/student_teacher"] > 0
     assert all(math.isfinite(v) for v in metrics.values())
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_tokens_that_only_the_teacher_has_count_to_the_tail(kind: str) -> None:
+    """As if the teacher had never named them: the tail is what the rest leaves."""
+    config = settings(divergence=kind, top_k=8)
+    named, nameless = top_groups(8), top_groups(6)
+    for group in named:
+        for top in group.teacher_top.values():
+            top.ids[:, 6:] = [VOCAB + 39, VOCAB + 63]
+    both = []
+    for data in (named, nameless):
+        learner = Learner(tiny_model(), config, temperature=0.6)
+        for group in data:
+            check(group, "none", vocabulary=VOCAB)
+        learner.backward(Batch.of(data), Clock())
+        both.append([p.grad for p in learner.model.parameters() if p.grad is not None])
+    assert_close(*both)
 
 
 def test_aggregation_by_tokens_divides_by_the_trained_tokens() -> None:
@@ -309,7 +456,7 @@ def test_unknown_trajectories_leave_no_trace_in_the_gradient() -> None:
     with_unknown = Batch.of([scored_group(["correct", "unknown", "incorrect"])])
     learner = Learner(tiny_model(), settings(), temperature=1.0)
     sums, _ = learner.backward(with_unknown, Clock())
-    assert sums[0] == 10  # tokens trained: two of the three trajectories of 5
+    assert sums.reduced()["tokens"] == 10  # tokens trained: two of the three trajectories of 5
 
 
 def test_an_empty_completion_is_on_neither_path() -> None:
@@ -330,3 +477,20 @@ def test_weights_carry_the_probe_and_all_parameters() -> None:
     ids = torch.tensor([weights.probe_ids])
     expected = plain(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     np.testing.assert_allclose(weights.probe_logprobs, expected.detach(), atol=1e-5)
+
+
+def test_engines_in_bfloat16_are_sent_half_and_pass_the_probe_of_the_masters() -> None:
+    learner = Learner(tiny_model(), settings(), temperature=1.0, engine_dtype="bfloat16")
+    whole = Learner(tiny_model(), settings(), temperature=1.0).weights()
+    weights = learner.weights()
+    assert weights is not None and whole is not None
+    vectors = sum(p.numel() for p in tiny_model().parameters() if p.ndim == 1)
+    assert weights.buffer.nbytes == whole.buffer.nbytes // 2 + 2 * vectors
+    assert weights.probe_logprobs == whole.probe_logprobs
+    engine, cast = tiny_model(seed=1).bfloat16(), tiny_model().bfloat16()
+    copy_weights(engine, weights)
+    for name, parameter in engine.named_parameters():
+        assert torch.equal(parameter, cast.get_parameter(name)), name
+    (logprobs,) = packed.score(packed.prepare(engine), [weights.probe_ids], [1])
+    assert check_probe(weights, logprobs, tolerance=0.05) > 0
+    assert learner.model.dtype == torch.float32

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 
 from services.stage import Connection
 from services.streams import Claim, Streams, claim
-from services.trajectory import ScoredGroup, encode
-from tests.builders import scored_group
+from services.trajectory import Prompt, ScoredGroup, decode, encode
+from tests.builders import VOCAB, scored_group
+from tests.waiting import DEADLINE_S, until, wait_until
 from trainer.checkpoint import Progress, ranges
-from trainer.reader import Background, GroupReader, HistoryGap, Stalled, Taken
+from trainer.reader import GroupReader, HistoryGap, LoopThread, Stalled, Taken
 
 
 async def put(streams: Streams, *groups: ScoredGroup | bytes) -> None:
@@ -24,9 +23,21 @@ async def put(streams: Streams, *groups: ScoredGroup | bytes) -> None:
         await streams.hand_off(item, "scored", item.payload)
 
 
-def reader(connection: Connection, *, total: int, timeout_s: float = 10.0) -> GroupReader:
+def reader(
+    connection: Connection,
+    *,
+    total: int,
+    timeout_s: float = DEADLINE_S,
+    max_staleness: int | None = 1,
+) -> GroupReader:
     return GroupReader(
-        connection, need="incorrect", groups_per_step=2, total=total, timeout_s=timeout_s
+        connection,
+        need="incorrect",
+        vocabulary=VOCAB,
+        groups_per_step=2,
+        max_staleness=max_staleness,
+        total=total,
+        timeout_s=timeout_s,
     )
 
 
@@ -49,7 +60,7 @@ async def test_full_steps_then_a_short_one_then_the_end(
     source = reader(connection, total=3)
     await source.start(None)
     sizes = []
-    while step := await source.next_step():
+    while step := await source.next_step(len(sizes)):
         sizes.append(len(step))
         await source.trained(len(sizes), claims(step), orders(step))
     assert sizes == [2, 1]
@@ -62,17 +73,15 @@ async def test_full_steps_then_a_short_one_then_the_end(
 
 def test_the_next_step_is_read_while_the_learner_computes(connection: Connection) -> None:
     """Nobody waits for anything between the two steps, and the groups come in all the same."""
-    with Background() as background:
+    with LoopThread() as background:
         source = reader(connection, total=4)
         background.run(source.start(None))
         background.run(put(source.streams, *[group(i) for i in range(4)]))
-        first = background.run(source.next_step())
-        deadline = time.monotonic() + 20
-        while len(source._ready) < 2 and time.monotonic() < deadline:  # "computing"
-            pass
-        assert [item.group.prompt.order for item in source._ready] == [2, 3]
+        first = background.run(source.next_step(0))
+        wait_until(lambda: len(source._ready) >= 2)  # "computing"
+        assert sorted(source._ready) == [2, 3]
         background.run(source.trained(1, claims(first), orders(first)))
-        assert orders(background.run(source.next_step())) == [2, 3]
+        assert orders(background.run(source.next_step(1))) == [2, 3]
         background.run(source.close())
 
 
@@ -82,17 +91,17 @@ async def test_what_no_checkpoint_contains_is_replayed(
     await put(streams, *[group(i) for i in range(4)])
     before = reader(connection, total=4)
     await before.start(None)
-    first = await before.next_step()
+    first = await before.next_step(0)
     await before.trained(1, claims(first), orders(first))
     saved = Progress(1, list(before.unsettled), ranges(before.covered))  # durable, then kill -9
-    second = await before.next_step()
+    second = await before.next_step(1)
     await before.trained(2, claims(second), orders(second))
     await before.close()
 
     after = reader(connection, total=4)
     await after.start(saved)
     assert after.consumed == 2
-    assert orders(await after.next_step()) == orders(second)
+    assert orders(await after.next_step(1)) == orders(second)
     ledger = await streams.ledger()
     assert (ledger.trained, ledger.consumed, ledger.step) == (2, 2, 1)
 
@@ -103,7 +112,7 @@ async def test_a_checkpoint_that_redis_is_ahead_of_is_refused(
     await put(streams, *[group(i) for i in range(2)])
     before = reader(connection, total=2)
     await before.start(None)
-    step = await before.next_step()
+    step = await before.next_step(0)
     await before.trained(1, claims(step), orders(step))
     await before.settle(list(before.unsettled))
     with pytest.raises(HistoryGap, match=r"Redis has 2 trained prompts, .* continued 0"):
@@ -118,10 +127,10 @@ async def test_a_group_that_must_not_be_trained_on_is_buried(
     await put(streams, poisoned, b"not an item", group(2))
     source = reader(connection, total=3)
     await source.start(None)
-    assert orders(await source.next_step()) == [2]
+    assert orders(await source.next_step(0)) == [2]
     reasons = sorted(d.reason for d in await streams.dead())
     assert "teacher log-probs of trajectory 1: not finite" in reasons[1]
-    assert "too few for an item" in reasons[0]
+    assert "not a record" in reasons[0]
 
 
 async def test_waiting_has_a_deadline_and_says_where_the_items_are(
@@ -130,5 +139,41 @@ async def test_waiting_has_a_deadline_and_says_where_the_items_are(
     await streams.feed([b"x"], expected_fed=0, max_in_flight=9)
     source = reader(connection, total=2, timeout_s=0.2)
     await source.start(None)
-    with pytest.raises(Stalled, match=r"for 2 scored groups and has 0: fed 1.*prompts 1 \(oldest"):
-        await source.next_step()
+    told = r"for 2 scored groups and has 0; .* of prompt 0: fed 1.*prompts 1 \(oldest"
+    with pytest.raises(Stalled, match=told):
+        await source.next_step(0)
+
+
+async def test_a_group_that_others_overtook_is_waited_for(
+    connection: Connection, streams: Streams
+) -> None:
+    source = reader(connection, total=4, timeout_s=0.0)
+    await source.start(None)
+    await put(streams, *[group(i) for i in (1, 3, 2)])
+    await until(lambda: len(source._ready) == 3)
+    with pytest.raises(Stalled, match="the first that is missing is of prompt 0"):
+        await source.next_step(0)
+    await put(streams, group(0))
+    await source.close()
+    source = reader(connection, total=4)
+    await source.start(None)
+    assert orders(await source.next_step(0)) == [0, 1]
+    await source.close()
+
+
+@pytest.mark.parametrize("max_staleness", [0, None])
+async def test_a_group_that_is_too_old_is_sampled_again_where_the_sampler_changes(
+    max_staleness: int | None, connection: Connection, streams: Streams
+) -> None:
+    await put(streams, group(0), group(1))
+    source = reader(connection, total=2, timeout_s=0.0, max_staleness=max_staleness)
+    await source.start(None)
+    await until(lambda: len(source._ready) == 2)
+    if max_staleness is None:
+        assert orders(await source.next_step(4)) == [0, 1]
+    else:
+        with pytest.raises(Stalled):
+            await source.next_step(4)
+        sent = await claim([streams], "prompts", "w", count=9, block_ms=100)
+        assert [decode(Prompt, item.payload).min_weight_version for item in sent] == [4, 4]
+    await source.close()

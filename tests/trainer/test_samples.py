@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from services.trajectory import Episode
 from tests.builders import scored_group, tiny_tokenizer
 from trainer.batch import Batch
-from trainer.objectives import Coefficients
+from trainer.group_metrics import group_metrics
+from trainer.objectives.base import Coefficients
 from trainer.samples import due, samples
 from trainer.scope import relative_weights
 
@@ -39,6 +43,39 @@ def test_a_sample_says_what_was_written_and_how_it_was_trained() -> None:
     assert unknown["reinforce"] == unknown["distil"] == 0
     assert [t["reinforce"] for t in plain["trajectories"]] == [0.5, 0.5]
     assert json.dumps(mixed)
+
+
+def test_a_chunk_is_shown_with_each_of_its_tokens() -> None:
+    group = scored_group(["incorrect"], lengths=[4])
+    scores = {0: np.array([-3.5, 0, -1, 0], np.float32)}
+    group = replace(group, teacher_logprobs=scores, chunks={0: np.array([0, 0, 1, -1], np.int32)})
+    none = Coefficients(reinforce=torch.zeros(1), distil=torch.zeros(1))
+    (shown,) = samples(1, Batch.of([group]), none, tiny_tokenizer())[0]["trajectories"]
+    assert (shown["log_ratio"], shown["heard"]) == ([-1.5, -1.5, 0.0, None], [])
+
+
+def test_how_old_the_teacher_s_weights_are_is_a_metric() -> None:
+    groups = [replace(scored_group(["incorrect"]), teacher_version=v) for v in (3, 4, None)]
+    assert group_metrics(groups, version=5)["teacher/weights_age"] == 1.5
+    assert "teacher/weights_age" not in group_metrics(groups[2:], version=5)
+
+
+def test_what_the_environment_wrote_is_shown_as_its_own() -> None:
+    group = scored_group(["incorrect"], lengths=[4])
+    (t,) = group.rollout.trajectories
+    mask = np.array([True, False, False, True])
+    t = replace(t, mask=mask, episode=Episode(turns=2, tool_errors=1, tool_seconds=0.5))
+    rollout = replace(group.rollout, trajectories=(t,))
+    group = replace(group, verified=replace(group.verified, rollout=rollout))
+    none = Coefficients(reinforce=torch.zeros(1), distil=torch.zeros(1))
+    (shown,) = samples(1, Batch.of([group]), none, tiny_tokenizer())[0]["trajectories"]
+    assert (shown["heard"], shown["turns"], shown["tool_errors"]) == ([1, 2], 2, 1)
+    assert shown["log_ratio"] == [0.0, None, None, 0.0]
+    metrics = group_metrics([group], version=1)
+    assert metrics["episode/turns"] == 2.0 and metrics["response_length/mean"] == 2.0
+    assert (metrics["episode/tool_errors"], metrics["episode/tool_seconds"]) == (1.0, 0.5)
+    assert not any(name.startswith("episode/") for name in group_metrics([scored_group(
+        ["correct"])], version=1))  # fmt: skip
 
 
 def test_weights_relative_to_their_group() -> None:

@@ -18,6 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from services.trajectory import ScoredGroup
 from tests.builders import scored_group, tiny_model
+from tests.trainer import test_families as families
 from trainer.batch import Batch
 from trainer.checkpoint import Progress, Saver, latest
 from trainer.config import LoraConfig, OptimizerConfig, TrainerConfig
@@ -134,15 +135,19 @@ def _rank(rank: int, ranks: int, directory: str) -> None:
         got = outcome(learner)
         if rank == 0:
             torch.save(got, f"{directory}/{way}.pt")
+    for family, way in families.SHARDS:
+        gradients = families.shards(rank, family, way)
+        if rank == 0:
+            torch.save(gradients, f"{directory}/{family}, {way}.pt")
     save(made("shards"), Path(directory) / "from two")
     resumed = load(made("shards", seed=5), Path(directory) / "from one")
-    torch.save(resumed.step(Batch.of(groups())), f"{directory}/resumed {rank}.pt")
+    torch.save(resumed.step(own_part(resumed, groups())), f"{directory}/resumed {rank}.pt")
     dist.destroy_process_group()
 
 
 def messages(learner: Learner) -> dict[str, int]:
     """What one backward over several micro-batches sends, by kind."""
-    batch = Batch.of(groups())
+    batch = own_part(learner, groups())
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         learner.backward(batch, Clock())
     return {event.key: event.count for event in profiled.key_averages() if "c10d::" in event.key}
@@ -150,7 +155,7 @@ def messages(learner: Learner) -> dict[str, int]:
 
 def save(learner: Learner, directory: Path) -> None:
     """Trains a step and writes a checkpoint."""
-    learner.step(Batch.of(groups()))
+    learner.step(own_part(learner, groups()))
     saver = Saver(Storage(directory), keep_last=1)
     saver.save(learner.state(), Progress(1, [], []))
     saver.finish()
@@ -208,6 +213,14 @@ def test_two_ranks_make_the_same_step_as_one(two_ranks: Path, way: str) -> None:
         for name, value in metrics.items():
             close = pytest.approx(value, rel=0.1 if loose else 1e-3, abs=1e-4, nan_ok=True)
             assert got["metrics"][step][name] == close, f"step {step} {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "way"), families.SHARDS)
+def test_two_ranks_have_the_gradients_of_the_plain_forward(
+    two_ranks: Path, family: str, way: str
+) -> None:
+    families.assert_plain(torch.load(two_ranks / f"{family}, {way}.pt"), family, way)
 
 
 @pytest.mark.slow

@@ -7,22 +7,25 @@ from pathlib import Path
 import pytest
 
 from services.trajectory import Verdict
+from tests.waiting import DEADLINE_S
 from verifier.cache import VerdictCache
-from verifier.sandbox import JudgePool
+from verifier.judge_pool import JudgePool
+from verifier.math_answer import compare
+from verifier.math_answer import judge as math_judge
 
 RIGHT, WRONG = Verdict("correct", "it is"), Verdict("incorrect", "it is not")
 
-# Slower than any deadline until a file says that it has had its time; one line for each try.
+# Slower than any deadline until a file is there; one line for each answer.
 _BUSY = """
 import pathlib
 from services.trajectory import Verdict
 
 def judge(completion, reference):
-    tries = pathlib.Path(reference)
-    with tries.open("a") as file:
-        file.write("again\\n")
-    while tries.read_text().count("again") <= 2:
+    directory = pathlib.Path(reference)
+    while not (directory / "idle").exists():
         pass
+    with (directory / "answers").open("a") as file:
+        file.write("correct\\n")
     return Verdict("correct", "had the time")
 """
 
@@ -52,23 +55,31 @@ def test_nothing_is_remembered_where_nothing_shall_be() -> None:
     assert cache.get("1", "1") is None
 
 
-async def test_an_answer_is_judged_once_however_it_was_reached() -> None:
+async def test_a_completion_is_judged_once() -> None:
     async with JudgePool({"math"}, cached_verdicts=8) as pool:
         first = await pool.judge("math", r"At last \boxed{\frac{1}{2}}", "0.5")
         assert first.outcome == "correct"
     # The judges are gone, so that nobody but the memory can answer.
-    assert await pool.judge("math", r"I guess \boxed{\frac{1}{2}}!", "0.5") == first
+    assert await pool.judge("math", r"At last \boxed{\frac{1}{2}}", "0.5") == first
+
+
+def test_an_answer_is_compared_once_however_it_was_reached() -> None:
+    compare.cache_clear()
+    first = math_judge(r"At last \boxed{\frac{2}{4}}", "0.5")
+    assert math_judge(r"I guess \boxed{\frac{2}{4}}!", "0.5") is first
+    assert compare.cache_info().misses == 1
 
 
 async def test_an_unknown_is_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that was too busy for an answer once is asked again when it comes again."""
     (tmp_path / "busy.py").write_text(_BUSY)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    tries = tmp_path / "tries"
     async with JudgePool({"busy:judge"}, deadline_s=0.2, cached_verdicts=8) as pool:
-        first = await pool.judge("busy:judge", "42", str(tries))
+        first = await pool.judge("busy:judge", "42", str(tmp_path))
         assert first == Verdict("unknown", "the judge took longer than 0.2 s")
-        second = await pool.judge("busy:judge", "42", str(tries))
-        assert second == await pool.judge("busy:judge", "42", str(tries))
+        (tmp_path / "idle").touch()
+        monkeypatch.setattr(pool, "_deadline_s", DEADLINE_S)
+        second = await pool.judge("busy:judge", "42", str(tmp_path))
+        assert second == await pool.judge("busy:judge", "42", str(tmp_path))
         assert second.outcome == "correct"
-    assert tries.read_text().count("again") == 3
+    assert (tmp_path / "answers").read_text() == "correct\n"

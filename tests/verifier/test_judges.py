@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.stage import Unavailable
+from services.errors import Unavailable
 from services.trajectory import Verdict
 from verifier.config import VerifierConfig
 from verifier.constraints import judge

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -91,6 +91,27 @@ def test_no_answer_is_incorrect(text: str) -> None:
     assert judge(text, "42") == Verdict("incorrect", "no answer found")
 
 
+def test_what_is_judged_stands_after_the_thinking() -> None:
+    assert judge(r"<think>\boxed{7}</think> It is \boxed{9}.", "9").outcome == "correct"
+    assert judge(r"<think>\boxed{9}</think> It is \boxed{7}.", "9").outcome == "incorrect"
+    assert judge(r"begun in the prompt \boxed{7}</think> \boxed{9}", "9").outcome == "correct"
+    unfinished = r"<think>It is \boxed{9}, or is it"
+    assert judge(unfinished, "9") == Verdict("incorrect", "no answer found")
+    assert judge(r"<think>\boxed{9}</think> So be it.", "9").outcome == "incorrect"
+    assert judge(unfinished, "9", answer_in_thinking=True).outcome == "correct"
+
+
+@pytest.mark.parametrize(
+    "task", [r"\int_0^1 x^2dx", r"\sum_{k=1}^{3} \frac{k}{18}", r"\max(0,1/3)"]
+)
+def test_a_task_handed_back_is_no_answer_unless_that_is_allowed(task: str) -> None:
+    assert judge(rf"\boxed{{{task}}}", r"\frac13") == Verdict("incorrect", "is not evaluated")
+    assert judge(rf"\boxed{{{task} = \frac13}}", r"\frac13").outcome == "correct"
+    assert judge(rf"\boxed{{{task}}}", task).outcome == "correct"
+    allowed = judge(rf"\boxed{{{task}}}", r"\frac13", require_evaluated=False)
+    assert allowed.outcome == "correct"
+
+
 async def test_no_comparison_needs_a_signal() -> None:
     """SIGALRM, by which the library ends long ones, cannot be had in a thread."""
     for answer, outcome in (("x^2+2x+1", "correct"), (r"\sin^2 x + 2x", "incorrect")):
@@ -99,15 +120,14 @@ async def test_no_comparison_needs_a_signal() -> None:
 
 
 @pytest.mark.parametrize("brackets", ["{", "}", "(", "\\boxed{", "\\left(", "\\{"])
-def test_brackets_without_end_take_no_time(brackets: str) -> None:
-    started = time.monotonic()
-    assert judge(brackets * 20_000, "42").outcome == "incorrect"
-    assert judge(r"\boxed{" + brackets * 20_000 + "}", "42").outcome == "incorrect"
-    assert time.monotonic() - started < 1.0
+def test_brackets_without_end_are_read_once(brackets: str) -> None:
+    """Work that grew with the square of the length would take hours."""
+    assert judge(brackets * 1_000_000, "42").outcome == "incorrect"
+    assert judge(r"\boxed{" + brackets * 1_000_000 + "}", "42").outcome == "incorrect"
 
 
 def test_an_unparsable_reference_leaves_other_answers_unknown() -> None:
-    verdict = judge(r"\boxed{5}", r"2^{\aleph_0}")
+    verdict = judge(r"\boxed{5}", r"2^{\beth_0}")
     assert verdict == Verdict("unknown", "the reference cannot be parsed")
 
 
@@ -131,6 +151,7 @@ def test_no_reference_of_deepmath_is_another_ones_answer(deepmath: Path) -> None
     right = {frozenset(pair) for pair, verdict in verdicts.items() if verdict.outcome == "correct"}
     # Neither is a false positive: they say the same in other words.
     assert right <= {frozenset(("Yes", "True")), frozenset(("1", "x = 1"))}
+    assert len(right) <= 0.004 * len(golds)
     unknown = {gold: v.reason for (gold, _), v in verdicts.items() if v.outcome == "unknown"}
     assert set(unknown.values()) == {"the reference cannot be parsed"}
     assert set(unknown) <= BEYOND_THE_PARSER
@@ -142,15 +163,33 @@ BEYOND_THE_PARSER = {
     r"\aleph_3",
     r"\beth_1",
     r"2^{\aleph_0}",
-    r"\deg f(x)",
-    r"\max\{A, B\}",
-    r"\min\{x_1, x_2, \ldots, x_n\}",
-    r"\mathbb{Z}_2",
-    r"\mathbb{Z}/2\mathbb{Z}",
-    r"2 X^\top X \beta",
     r"H_1 \cong H_2",
-    r"C([0,1])",
     r"x_t \to z_*",
-    r"\alpha \sum_{t=1}^T \frac{1}{t}",
-    "e^e",
 }
+
+
+@pytest.mark.parametrize("answer_from", ["boxed", "hashes", "final_line"])
+@pytest.mark.parametrize(
+    "piece",
+    [r"\boxed{", r"\boxed{1},", r"\boxed ", "<think>", "</think>", "####", "answer is ", "{", "\\",
+     "$", " ", "\n", "```", r"\boxed{\boxed{}}"],
+)  # fmt: skip
+def test_a_megabyte_of_anything_takes_memory_in_proportion(
+    piece: str, answer_from: AnswerFrom
+) -> None:
+    """Twenty thousand nested boxes took 1.6 GB: each was cut out of the text."""
+    text = piece * (2**20 // len(piece)) + "1" + "}" * 1000
+    tracemalloc.start()
+    try:
+        judge(text, "42", answer_from)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= 400 * len(text)
+
+
+@pytest.mark.parametrize("piece", ["a b ", "1+", "x", "and ", "|", "9!", r"\pm ", r"\sqrt", "2^"])
+@pytest.mark.parametrize("reference", ["5", r"\frac{x}{2}", "x<3", "(1,2)"])
+def test_an_endless_answer_is_incorrect_and_ends_no_judge(piece: str, reference: str) -> None:
+    text = (piece * 2000)[:1990]
+    assert judge(rf"\boxed{{{text}}}", reference).outcome == "incorrect"

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from deploy.status import render, summary
-from services.stage import EVAL, Connection, totals
+from services.pipeline import EVAL
+from services.stage import Connection, totals
 from services.streams import Ledger, Streams, claim
 from services.trajectory import (
     Finish,
@@ -24,10 +25,12 @@ from services.trajectory import (
     decode,
     encode,
 )
+from tests.builders import post
+from tests.waiting import DEADLINE_S
 from verifier.config import VerifierConfig
 from verifier.worker import VerifierWorker
 
-WAIT_S = 30.0
+ENDLESS = "tests.verifier.endless:judge"
 
 
 def group(
@@ -58,7 +61,7 @@ async def put(streams: Streams, payloads: Sequence[bytes]) -> None:
 
 
 async def ledger_when(streams: Streams, condition: Callable[[Ledger], bool]) -> Ledger:
-    async with asyncio.timeout(WAIT_S):
+    async with asyncio.timeout(DEADLINE_S):
         while not condition(ledger := await streams.ledger()):
             assert ledger.exact, ledger
             await asyncio.sleep(0.01)
@@ -71,13 +74,17 @@ async def verified(streams: Streams) -> dict[int, VerifiedGroup]:
     return {group.rollout.prompt.order: group for group in groups}
 
 
+def made(connection: Connection, config: VerifierConfig) -> VerifierWorker:
+    return VerifierWorker(post(connection, "verifier", capacity=config.capacity), config)
+
+
 @asynccontextmanager
 async def running(connection: Connection, config: VerifierConfig) -> AsyncIterator[None]:
     evaluation = connection.streams(EVAL)
     await evaluation.create()  # both lanes exist before any worker starts
     await evaluation.redis.aclose()
-    worker = VerifierWorker(connection, config, "verifier-0")
-    async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as tasks:
+    worker = made(connection, config)
+    async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
         tasks.create_task(worker.run())
         yield
         await worker.stop()
@@ -137,43 +144,54 @@ async def test_a_corrupted_item_dies_alone_and_says_why(
     assert ledger.exact
     reasons = {item.payload: item.reason for item in await streams.dead()}
     assert "checksum mismatch" in reasons[corrupted]
-    assert any("expected a RolloutGroup, found 'Prompt'" in reason for reason in reasons.values())
+    assert any("expected a RolloutGroup, found a Prompt" in reason for reason in reasons.values())
 
 
 @pytest.mark.slow
 async def test_a_bomb_is_unknown_and_the_rest_of_its_group_is_judged(
     connection: Connection, streams: Streams
 ) -> None:
-    config = VerifierConfig(kind="math", deadline_s=0.5)
-    await put(streams, [encode(group(0, [r"\boxed{9^{9^{9}}}", r"\boxed{5}"], "5"))])
+    config = VerifierConfig(kind=ENDLESS, deadline_s=5.0)
+    await put(streams, [encode(group(0, ["bomb", "5"], "5"))])
     async with running(connection, config):
         await ledger_when(streams, lambda now: now.depth["verified"] == 1)
     bomb, right = (await verified(streams))[0].verdicts
-    assert bomb == Verdict("unknown", "the judge took longer than 0.5 s")
+    assert bomb == Verdict("unknown", "the judge took longer than 5 s")
     assert right.outcome == "correct"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("quick_s", "queue"),
+    [
+        (DEADLINE_S, {"waiting": 2, "slow": 0, "replaced": 0}),  # two wait for the only judge
+        (0.1, {"waiting": 2, "slow": 3, "replaced": 3}),  # two wait for the judge of the slow
+    ],
+)
 async def test_the_queue_and_the_slow_show_in_the_status_and_the_metrics(
-    connection: Connection, streams: Streams
+    connection: Connection,
+    streams: Streams,
+    monkeypatch: pytest.MonkeyPatch,
+    quick_s: float,
+    queue: dict[str, int],
 ) -> None:
-    bombs = [rf"\boxed{{{i}^{{9^{{9^{{9}}}}}}}}" for i in (7, 8, 9)]  # for one judge
-    await put(streams, [encode(group(0, bombs, "5"))])
+    monkeypatch.setattr("verifier.judge_pool._QUICK_S", quick_s)
+    await put(streams, [encode(group(0, ["bomb"] * 3, "5"))])
     await connection.streams(EVAL).create()
-    config = VerifierConfig(kind="math", deadline_s=WAIT_S)
-    work = asyncio.create_task(VerifierWorker(connection, config, "verifier-0").run())
-    metrics: dict[str, float] = {}
-    async with asyncio.timeout(WAIT_S):
-        while not metrics.get("verifier/slow"):
+    config = VerifierConfig(kind=ENDLESS, deadline_s=DEADLINE_S)
+    work = asyncio.create_task(made(connection, config).run())
+    seen: dict[str, float] = {}
+    async with asyncio.timeout(DEADLINE_S):
+        while seen != queue:  # where it comes to rest: bombs never end
             await asyncio.sleep(0.05)
             reports = await streams.reports()
             metrics = totals(reports.values())
+            seen = {name: metrics.get(f"verifier/{name}", 0) for name in queue}
     work.cancel()
     await asyncio.wait({work})
-    queue = ("verifier/waiting", "verifier/slow", "verifier/replaced")
-    assert [metrics[name] for name in queue] == [1, 1, 1]
     status = {**summary(await streams.ledger()), "workers": reports, "as_of": time.time()}
-    assert "0 done, 1 in work, waiting 1, slow 1, replaced 1" in render({**status, "live": True})
+    said = ", ".join(f"{name} {count}" for name, count in queue.items())
+    assert f"0 done, 1 in work, {said}" in render({**status, "live": True})
 
 
 async def test_evaluation_prompts_stay_in_their_lane(

@@ -1,0 +1,134 @@
+"""What `scope check` says of the GPU memory that roles need. tests/gpu_emulation compares the
+learner's with what is counted; here are hand-computed numbers, refusals and the docs' table."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import Qwen2Config, Qwen3Config
+
+from deploy.config import RunConfig, load
+from deploy.memory import Need, Shape, learner, needs
+from tests.deploy.conftest import ROOT
+from tests.gpu_emulation.step import qwen_1_5b
+from trainer.config import LoraConfig, TrainerConfig
+
+SKYWORK_OR1_7B = Qwen2Config(
+    vocab_size=152_064, hidden_size=3_584, intermediate_size=18_944, num_hidden_layers=28,
+    num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+)  # fmt: skip
+QWEN3_1_7B = Qwen3Config(
+    vocab_size=151_936, hidden_size=2_048, intermediate_size=6_144, num_hidden_layers=28,
+    num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN3_8B = Qwen3Config(
+    vocab_size=151_936, hidden_size=4_096, intermediate_size=12_288, num_hidden_layers=36,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+)  # fmt: skip
+MODELS = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": qwen_1_5b(28),
+    "Skywork/Skywork-OR1-7B": SKYWORK_OR1_7B,
+    "Qwen/Qwen3-1.7B-Base": QWEN3_1_7B,
+    "Qwen/Qwen3-8B": QWEN3_8B,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Directories with the config.json of each, by its name."""
+    made = {}
+    for name, config in MODELS.items():
+        directory = tmp_path_factory.mktemp("model")
+        config.save_pretrained(directory)
+        made[name] = str(directory)
+    return made
+
+
+def run(models: dict[str, str], name: str, *overrides: str) -> RunConfig:
+    """A shipped config, with models that are on this machine."""
+    config = load(ROOT / f"deploy/runs/{name}.yaml", overrides)
+    teachers = {
+        key: one.model_copy(update={"model": models[one.model]})
+        for key, one in config.teachers.items()
+    }
+    return config.model_copy(update={"student": models[config.student], "teachers": teachers})
+
+
+def by_role(config: RunConfig) -> dict[str, Need]:
+    return {need.who: need for need in needs(config, config.served)}
+
+
+def test_a_shape_is_what_config_json_says(models: dict[str, str]) -> None:
+    shape = Shape.of(models["Skywork/Skywork-OR1-7B"])
+    assert shape.parameters == 7_615_616_512  # as its model card's files have
+    assert shape.cached == 2 * 28 * 4 * 128
+    matrices = 2 * (3_584 + 3_584) + 2 * (3_584 + 512) + 3 * (3_584 + 18_944)
+    assert shape.lora == 28 * matrices
+    assert (
+        Shape.of(models["Qwen/Qwen3-1.7B-Base"]).parameters == 1_720_574_976
+    )  # tied, counted once
+
+
+def test_everything_fits_on_one_gpu_of_80_gb_as_shipped(models: dict[str, str]) -> None:
+    roles = by_role(run(models, "one-gpu"))
+    assert set(roles) == {"learner", "rollout", "teacher"}
+    assert all(need.fits and need.has is not None for need in roles.values())
+    weights, cache = 2 * 7_615_616_512, 6_144 * 2 * 2 * 28 * 4 * 128
+    assert roles["teacher"].parts == {"weights": weights, "cache of one sequence": cache}
+    assert roles["teacher"].has == pytest.approx(80e9 * 0.92 * 0.37, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("override", "knob"),
+    [
+        ("trainer.micro_batch_tokens=32768", "set trainer.micro_batch_tokens to 6144"),
+        ("trainer.gradient_checkpointing=false", "set trainer.gradient_checkpointing to true"),
+        ("trainer.resources.gpus=0.4", "raise trainer.resources.gpus to 0.43"),
+        ("teacher.resources.gpus=0.2", "raise teacher.resources.gpus"),
+        ("rollout.resources.gpus=0.04", "raise rollout.resources.gpus"),
+        ("ray.gpu_memory_gb=24 trainer.resources.gpus=1", "set trainer.offload to true"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_knob(
+    models: dict[str, str], override: str, knob: str
+) -> None:
+    refused = [str(need) for need in by_role(run(models, "one-gpu", *override.split())).values()
+               if not need.fits]  # fmt: skip
+    assert any(knob in sentence for sentence in refused), refused
+
+
+def test_a_gpu_that_nobody_knows_refuses_nothing(models: dict[str, str]) -> None:
+    config = run(models, "one-gpu", "ray={}", "trainer.gradient_checkpointing=false")
+    need = by_role(config)["learner"]
+    assert need.fits and "needs 50.1 GB" in str(need) and "has" not in str(need)
+
+
+def test_rays_accelerator_type_tells_the_memory(models: dict[str, str]) -> None:
+    custom = "rollout.resources.custom={'accelerator_type:L4': 0.001}"
+    assert by_role(run(models, "one-gpu", "ray={}", custom))["rollout"].has == pytest.approx(
+        24e9 * 0.92 * 0.18, rel=1e-2
+    )
+
+
+def test_ranks_offload_and_adapters_hold_less(models: dict[str, str]) -> None:
+    shape = Shape.of(models["Qwen/Qwen3-8B"])
+    held = {
+        name: sum(list(learner(shape, TrainerConfig(**settings), 4_096).values())[:3])
+        for name, settings in {
+            "one": {}, "four": {"ranks": 4}, "ddp": {"ranks": 4, "parallel": "ddp"},
+            "offload": {"offload": True}, "lora": {"lora": LoraConfig(rank=8)},
+        }.items()
+    }  # fmt: skip
+    assert held["one"] == held["ddp"] == 16 * shape.parameters == 4 * held["four"]
+    assert held["offload"] == 0
+    assert held["lora"] == 4 * shape.parameters + 16 * 8 * shape.lora
+
+
+def test_the_page_on_sizing_says_the_same(models: dict[str, str]) -> None:
+    page = (ROOT / "docs/sizing.md").read_text(encoding="utf-8")
+    for name in ("one-gpu", "deepseek-r1-distill-1.5b", "qwen3-1.7b"):
+        for who, need in by_role(run(models, name)).items():
+            needed = sum(need.parts.values()) / 1e9
+            row = next(
+                line for line in page.splitlines() if line.startswith(f"| `{name}` | {who} ")
+            )
+            assert f"| {needed:.1f} GB |" in row, f"{row}: {needed:.1f}"

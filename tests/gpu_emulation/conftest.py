@@ -1,0 +1,54 @@
+"""Compiles what fake CUDA tensors need, and runs modules of this folder with it: in processes of
+their own, since torch cannot be brought back from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE, TORCH = Path(__file__).parent, Path(torch.__file__).parent
+COMPILER = shutil.which("c++")
+if COMPILER is None or torch.version.cuda is not None:  # a CUDA build has a guard of its own
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("guard") / "guard.so"
+    abi = int(torch.compiled_with_cxx11_abi())
+    includes = [TORCH / "include", TORCH / "include/torch/csrc/api/include"]
+    command = [str(COMPILER), "-shared", "-fPIC", "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
+    command += [*(f"-I{path}" for path in includes), str(HERE / "guard.cpp")]
+    command += [f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(library)]
+    subprocess.run(command, check=True, capture_output=True)
+    return library
+
+
+def run_module(name: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    """What a module of this folder prints, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"tests.gpu_emulation.{name}", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.returncode, done.stderr
+    counted: dict[str, Any] = json.loads(done.stdout)
+    return counted
+
+
+@pytest.fixture(scope="session")
+def step(guard: Path) -> Callable[..., dict[str, Any]]:
+    """Runs `step.py` with these arguments; what it counted."""
+    preloaded = {"LD_LIBRARY_PATH": str(TORCH / "lib"), "LD_PRELOAD": str(guard)}
+    return lambda *arguments: run_module("step", *arguments, **preloaded)

@@ -1,0 +1,142 @@
+"""One step of the learner on a fake GPU, at real shapes; what was counted, as JSON.
+
+python -m tests.gpu_emulation.step --lengths 12288,3840 --autocast bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from services.trajectory import (
+    Prompt,
+    RolloutGroup,
+    Sampling,
+    ScoredGroup,
+    Trajectory,
+    Verdict,
+    VerifiedGroup,
+)
+from tests.gpu_emulation.fake_cuda import FakeCuda, pretend
+from trainer.batch import Batch
+from trainer.config import TrainerConfig
+from trainer.learner import Clock, Learner
+
+PROMPT = 128
+ATTENTION_A_S, BACK_A_S = 330e12, 270e12  # FLOP/s assumed of an H100, forward and backward
+
+
+def qwen_1_5b(layers: int) -> Qwen2Config:
+    """DeepSeek-R1-Distill-Qwen-1.5B, with 28 layers."""
+    return Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=1_536,
+        intermediate_size=8_960,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=131_072,
+        tie_word_embeddings=False,
+    )
+
+
+def scored(lengths: list[int]) -> ScoredGroup:
+    """A group of trajectories of these lengths, every second one of them correct."""
+    random = np.random.default_rng(0)
+    prompt_ids, *answers = (
+        random.integers(2, 1_000, size).astype(np.int32) for size in (PROMPT, *lengths)
+    )
+    trajectories = tuple(
+        Trajectory(ids, np.full(len(ids), -1.0, np.float32), "stop", "") for ids in answers
+    )
+    prompt = Prompt("0", 0, prompt_ids, "", "", Sampling(len(lengths), max(lengths)))
+    verdicts = tuple(
+        Verdict("correct" if i % 2 else "incorrect", "") for i in range(len(trajectories))
+    )
+    verified = VerifiedGroup(RolloutGroup(prompt, trajectories, weight_version=0), verdicts)
+    scores = {i: np.full(size, -1.2, np.float32) for i, size in enumerate(lengths)}
+    return ScoredGroup(verified, scores, "teacher")
+
+
+def counted(
+    config: TrainerConfig, lengths: list[int], layers: int, dtype: str
+) -> dict[str, object]:
+    """One step on one rank."""
+    batch = Batch.of([scored(lengths)])
+    with FakeCuda() as device:
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(qwen_1_5b(layers), dtype=getattr(torch, dtype))
+        learner = Learner(
+            model,
+            config,
+            temperature=0.6,
+            device=torch.device("cuda:0"),
+            engine_dtype="bfloat16",
+        )
+        for parameter in learner.student.trained.values():
+            learner._moments(parameter)  # which all steps but the first have
+        held, device.peak = device.live, device.live
+        device.calls.clear(), device.syncs.clear(), device.moved.clear(), device.seconds.clear()
+        learner.backward(batch, Clock())
+        backward = device.peak
+        syncs = Counter(device.syncs)
+        device.peak = device.live
+        learner._optimizer.step()
+        optimizer, calls, moved = device.peak, Counter(device.calls), Counter(device.moved)
+        seconds = Counter(device.seconds)
+        # As every micro-batch but a run's first: beside gradients and the optimizer's moments.
+        learner.backward(batch, Clock())
+        later = device.peak
+        device.syncs.clear()
+        weights = learner.weights()
+    assert weights is not None
+    # Two products of each causal pair forward, and five backward.
+    pairs = model.config.hidden_size * sum((PROMPT + length) ** 2 / 2 for length in lengths)
+    seconds["_varlen_attn"] = calls["_varlen_attn bfloat16"] * 4 * pairs / ATTENTION_A_S
+    seconds["_varlen_attn_backward"] = (
+        calls["_varlen_attn_backward bfloat16"] * 10 * pairs / BACK_A_S
+    )
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "held_bytes": held,
+        "backward_peak_bytes": backward,
+        "optimizer_peak_bytes": optimizer,
+        "later_peak_bytes": later,
+        "published_bytes": weights.buffer.nbytes,
+        "publishing_syncs": device.syncs,
+        "calls": calls,
+        "syncs": syncs,
+        "moved_bytes": moved,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    """Prints what was counted."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--autocast", default="bfloat16", choices=["none", "bfloat16"])
+    arguments.add_argument("--dtype", default="float32", help="of the weights")
+    arguments.add_argument("--lengths", default="12288,3840")
+    arguments.add_argument("--layers", type=int, default=28)
+    arguments.add_argument("--no-checkpointing", action="store_true")
+    given = arguments.parse_args()
+    pretend()
+    lengths = [int(length) for length in given.lengths.split(",")]
+    config = TrainerConfig.model_validate(
+        {
+            "autocast": given.autocast,
+            "gradient_checkpointing": not given.no_checkpointing,
+            "micro_batch_tokens": sum(lengths) + PROMPT * len(lengths),
+            "objective": {"kind": "scope"},
+        }
+    )
+    print(json.dumps(counted(config, lengths, given.layers, given.dtype), indent=2))
+
+
+if __name__ == "__main__":
+    main()

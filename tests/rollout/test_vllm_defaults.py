@@ -1,0 +1,51 @@
+"""What vLLM is started with where nobody says otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rollout.config import RolloutConfig, SamplingEngineConfig
+from services.config import Resources
+from services.engines import EngineError
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm")]
+
+
+def made(student: Path, **settings: object) -> object:
+    from rollout.vllm_engine import engine_args  # imports vLLM
+
+    return engine_args(RolloutConfig.model_validate(settings), str(student))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as our defaults are concerned; vLLM itself is the CPU's here."""
+    monkeypatch.setattr("services.vllm_core.on_cpu", lambda: False)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(("gpus", "share"), [(0.25, 0.23), (1, 0.92)])
+def test_an_engine_takes_the_share_of_a_gpu_that_its_role_reserves(
+    student: Path, gpus: float, share: float
+) -> None:
+    args = made(student, resources=Resources(gpus=gpus))
+    assert args.gpu_memory_utilization == share  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_more_memory_than_the_role_reserves_is_refused(student: Path) -> None:
+    engine = SamplingEngineConfig(args={"gpu_memory_utilization": 0.5})
+    with pytest.raises(EngineError, match=r"is 0.5, and the role reserves 0.25 of a GPU"):
+        made(student, resources=Resources(gpus=0.25), engine=engine)
+
+
+def test_vllm_has_defaults_for_the_usage_that_it_is_told() -> None:
+    """For each GPU; for an engine without one it takes 128 sequences a step on all of them."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from services import vllm_core
+
+    for table in AsyncEngineArgs.get_batch_defaults(world_size=1):
+        assert vllm_core._USAGE in table and None not in table

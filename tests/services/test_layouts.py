@@ -1,0 +1,186 @@
+"""Families of all kinds, tiny and random, against the plain forward of each sequence by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from rollout import transformers_engine
+from rollout.rows import Request
+from services import layouts, packed
+from services.trajectory import Sampling
+from tests.builders import VOCAB, tiny_model
+from tests.rollout.conftest import full_logprobs
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 128, "initializer_range": 0.3, "pad_token_id": 0,
+    "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # the layout that is right, and the config
+    "qwen3": ("packed", {}),
+    "qwen3_moe": ("packed", {**EXPERTS, "moe_intermediate_size": 16}),
+    "cohere": ("packed", {"logit_scale": 0.25}),
+    "granite": ("packed", {"logits_scaling": 4.0, "residual_multiplier": 0.5}),
+    "gemma2": ("rows", {**WINDOW, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}),
+    "gemma3_text": ("packed", WINDOW),
+    "mistral": ("packed", {"sliding_window": 6}),
+    "gpt_oss": ("packed", {**WINDOW, **EXPERTS}),
+    "qwen3_5_text": (
+        "rows",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+    "bloom": ("rows", {"n_layer": 2, "n_head": 4}),
+    "stablelm": ("rows", {}),
+    "lfm2": ("rows", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
+}
+SEQUENCES = [[2 + i * i % 20 for i in range(n)] for n in (19, 3, 11, 12)]
+STARTS = [1, 2, 5, 1]
+
+
+def made(family: str, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(7)
+    settings = {**SIZES, **FAMILIES[family][1], **changes}
+    if family == "bloom":  # its names differ
+        settings = {k: v for k, v in settings.items() if k[:4] not in ("num_", "head", "inte")}
+    factory: Any = AutoModelForCausalLM
+    model: PreTrainedModel = factory.from_config(CONFIG_MAPPING[family](**settings))
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_the_plain_forward(family: str) -> None:
+    model = made(family)
+    expected = [
+        full_logprobs(model, ids, 1.0)[start - 1 :]
+        for ids, start in zip(SEQUENCES, STARTS, strict=True)
+    ]
+    got = packed.score(packed.prepare(model), SEQUENCES, STARTS)
+    assert layouts.proven(model).layout == FAMILIES[family][0]
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_have_the_logprobs_of_the_plain_forward(family: str) -> None:
+    plain = made(family)
+    model = transformers_engine.prepare(made(family))
+    prompts = [[2], [5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 10]]
+    requests = [
+        Request(ids, Sampling(n=2, max_tokens=4 + 3 * i, seed=i)) for i, ids in enumerate(prompts)
+    ]
+    groups = transformers_engine.sample_groups(model, requests, [1])
+    for request, group in zip(requests, groups, strict=True):
+        assert len(group) == 2
+        for drawn in group:
+            ids = [*request.prompt_ids, *drawn.token_ids.tolist()]
+            expected = full_logprobs(plain, ids, 1.0)[len(request.prompt_ids) - 1 :]
+            np.testing.assert_allclose(drawn.logprobs, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "qwen3_5_text"])
+def test_one_model_scores_and_samples_by_turns(family: str) -> None:
+    plain, model = made(family), made(family)
+    expected = full_logprobs(plain, SEQUENCES[0], 1.0)
+    request = Request([5, 6, 7], Sampling(n=2, max_tokens=9, seed=0))
+    transformers_engine.prepare(packed.prepare(model))
+    for _ in range(2):
+        (got,) = packed.score(model, SEQUENCES[:1], STARTS[:1])
+        np.testing.assert_allclose(got, expected, atol=2e-4)
+        for drawn in transformers_engine.sample_groups(model, [request], [-1])[0]:
+            whole = [5, 6, 7, *drawn.token_ids.tolist()]
+            np.testing.assert_allclose(
+                drawn.logprobs, full_logprobs(plain, whole, 1.0)[2:], atol=2e-4
+            )
+
+
+def test_weights_that_are_no_numbers_are_named_by_the_sampler() -> None:
+    model: Any = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="qwen3: the model's log-probs are no numbers"):
+        transformers_engine.prepare(model)
+
+
+@pytest.mark.parametrize("family", ["cohere", "granite", "gemma2", "lfm2"])
+def test_gradients_are_those_of_the_plain_forward(family: str) -> None:
+    model, plain = packed.prepare(made(family)), made(family)
+    batch = packed.pack(SEQUENCES, STARTS)
+    packed.token_logprobs(model, batch, [1.0]).sum().backward()
+    for ids, start in zip(SEQUENCES, STARTS, strict=True):
+        row = torch.tensor([ids])
+        table = plain(input_ids=row, use_cache=False).logits[0, start - 1 : -1].log_softmax(-1)
+        table.gather(1, row[0, start:, None]).sum().backward()
+    mine, theirs = dict(model.named_parameters()), dict(plain.named_parameters())
+    for name, parameter in theirs.items():
+        torch.testing.assert_close(mine[name].grad, parameter.grad, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "scale", "cap"), [("cohere", 0.25, None), ("granite", 0.25, None),
+                                 ("gemma2", 1.0, 2.0), ("qwen3", 1.0, None)]
+)  # fmt: skip
+def test_the_logit_map_is_read_off_the_model(family: str, scale: float, cap: float | None) -> None:
+    found = layouts.proven(packed.prepare(made(family))).logits
+    assert found.scale == pytest.approx(scale, rel=1e-4)
+    assert found.cap == (None if cap is None else pytest.approx(cap, rel=1e-4))
+
+
+def test_the_slope_of_the_logit_map_is_its_derivative() -> None:
+    mapping = layouts.LogitMap(scale=0.7, cap=3.0)
+    logits = torch.linspace(-9.0, 9.0, 13, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(mapping(logits).sum(), [logits])
+    torch.testing.assert_close(mapping.slope(logits.detach()), expected)
+
+
+class _Peeks(torch.nn.Module):
+    """An output matrix that is given what it was not given in any one sequence alone."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        out: torch.Tensor = self.inner(hidden, *rest, **named)
+        return out + out.mean(dim=(0, 1), keepdim=True)
+
+
+def test_a_model_that_is_right_in_no_layout_is_refused_and_left_as_it_was() -> None:
+    model: Any = tiny_model().train()
+    before = model.config._attn_implementation
+    model.model.layers[1].mlp = _Peeks(model.model.layers[1].mlp)  # no causal model
+    with pytest.raises(ValueError, match="qwen3 models are not supported: no layout gives"):
+        packed.prepare(model)
+    assert model.training and model.config._attn_implementation == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match="qwen3 models are not supported: none samples"):
+        transformers_engine.prepare(model.eval())
+    assert model.config._attn_implementation == before
+
+
+def test_logits_changed_by_more_than_a_scale_and_a_cap_are_refused() -> None:
+    model: Any = tiny_model()
+    plain = model.forward
+
+    def squared(*arguments: Any, **named: Any) -> Any:
+        output = plain(*arguments, **named)
+        output.logits = output.logits * output.logits.abs()
+        return output
+
+    model.forward = squared
+    with pytest.raises(ValueError, match="qwen3 models are not supported: it changes its logits"):
+        packed.prepare(model)

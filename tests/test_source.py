@@ -1,0 +1,36 @@
+"""Rules for our own source that no linter holds."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = (
+    "services", "rollout", "teacher", "trainer", "deploy", "examples", "benchmarks",
+)  # fmt: skip
+FILES = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_text_is_read_and_written_as_utf_8_whatever_the_locale(file: Path) -> None:
+    calls = [n for n in ast.walk(ast.parse(file.read_bytes())) if isinstance(n, ast.Call)]
+    assert not [f"{file}:{call.lineno}" for call in calls if any(_leaves_it_open(call))]
+
+
+def _leaves_it_open(call: ast.Call) -> Iterator[bool]:
+    """Whether a call leaves the encoding of text to the locale."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    if "encoding" in given:
+        return
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+    yield name in ("read_text", "write_text")
+    yield name in ("run", "Popen", "check_output") and ("text" in given)
+    if name == "open" and ast.unparse(call.func) != "os.open":
+        mode = [given.get("mode"), *call.args[:2]]
+        # A method's mode comes first, the function's second; a binary one has no encoding.
+        modes = [m.value for m in mode if isinstance(m, ast.Constant) and isinstance(m.value, str)]
+        yield not any("b" in m and set(m) <= set("rwxab+") for m in modes)
