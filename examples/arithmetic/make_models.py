@@ -1,11 +1,13 @@
-"""Trains the demo's student and teacher from nothing and saves them as Hugging Face folders.
+"""Trains the demo's models from nothing and saves them as Hugging Face folders.
 
-    python -m examples.arithmetic.make_models [student] [teacher]
+    python -m examples.arithmetic.make_models [student] [teacher] [reader]
 
 Both learn from worked solutions of random problems, none of them held out. The teacher's book has
 no mistakes. The student learns the same arithmetic and then reads a short careless book, in which
 half of the steps are off by one or by ten: it knows how to add and has a bad habit. A habit is what
 some dozens of steps of distillation can mend; docs/demo-task.md says why lacking knowledge is not.
+The reader is that student, who then learned to write down a solution that it is shown, and kept its
+habit where it is shown none: it can be its own teacher (docs/teacher.md).
 
 Weights are stored in bfloat16 to keep the repository small; the accuracies in the README are those
 of the stored weights, loaded as float32.
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from examples.arithmetic.measure import MAX_NEW_TOKENS, measure
 from examples.arithmetic.task import (
@@ -31,6 +33,7 @@ from examples.arithmetic.task import (
     held_out_problems,
     random_problems,
 )
+from services.models import load_model
 
 SLIPS = (-10, -1, 1, 10)
 IGNORED = -100  # the label that cross entropy leaves out
@@ -38,23 +41,26 @@ IGNORED = -100  # the label that cross entropy leaves out
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """Some batches from one schoolbook, with a warm-up and then half a cosine to zero."""
+    """Some batches from one schoolbook, with a warm-up and then half a cosine to zero. A share of
+    `shown` of the problems stands after its right solution."""
 
     batches: int
     peak_lr: float
     slip_rate: float = 0.0
+    shown: float = 0.0
     batch_size: int = 48
     warmup: int = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A model's size and its lessons."""
+    """A model's size and its lessons. One with an `origin` goes on from that model."""
 
     hidden: int
     layers: int
     seed: int
     lessons: tuple[Lesson, ...]
+    origin: str = ""
 
 
 RECIPES = {
@@ -69,6 +75,13 @@ RECIPES = {
         layers=4,
         seed=12,
         lessons=(Lesson(1200, peak_lr=2e-3, batch_size=128),),
+    ),
+    "reader": Recipe(
+        hidden=96,
+        layers=3,
+        seed=13,
+        lessons=(Lesson(600, peak_lr=1e-3, slip_rate=0.5, shown=0.5),),
+        origin="student",
     ),
 }
 
@@ -104,16 +117,31 @@ def schoolbook(seed: int, slip_rate: float) -> Iterator[tuple[Problem, str]]:
         yield problem, solution or problem.solution
 
 
+def shown(problem: Problem) -> str:
+    """The prompt after the right solution."""
+    return f"{problem.solution},{problem.prompt}"
+
+
+def worked(seed: int, lesson: Lesson) -> Iterator[tuple[str, str]]:
+    """What is read, and the completion that follows it."""
+    rng = random.Random(seed)
+    for problem, solution in schoolbook(seed, lesson.slip_rate):
+        if rng.random() < lesson.shown:
+            yield shown(problem), problem.solution
+        else:
+            yield problem.prompt, solution
+
+
 def worked_batch(
-    book: Iterator[tuple[Problem, str]], size: int, tokenizer: PreTrainedTokenizerFast
+    book: Iterator[tuple[str, str]], size: int, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[Tensor, Tensor]:
     """Token ids and labels, padded on the right; only the completion has labels."""
     some = list(itertools.islice(book, size))
-    texts = [problem.prompt + solution + EOS for problem, solution in some]
+    texts = [read + completion + EOS for read, completion in some]
     ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
     labels = ids.clone()
-    for row, (problem, _) in enumerate(some):
-        labels[row, : len(problem.prompt)] = IGNORED
+    for row, (read, _) in enumerate(some):
+        labels[row, : len(read)] = IGNORED
     labels[ids == tokenizer.pad_token_id] = IGNORED
     return ids, labels
 
@@ -124,10 +152,10 @@ def learning_rate(lesson: Lesson, step: int) -> float:
 
 
 def teach(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, lesson: Lesson, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, lesson: Lesson, seed: int
 ) -> None:
     """Plain supervised learning: cross entropy on the completions of one schoolbook."""
-    book = schoolbook(seed, lesson.slip_rate)
+    book = worked(seed, lesson)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(lesson.batches):
         ids, labels = worked_batch(book, lesson.batch_size, tokenizer)
@@ -145,7 +173,7 @@ def teach(
             print(f"  batch {step + 1}: loss {loss.item():.4f}", flush=True)
 
 
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     generation = model.generation_config
     generation.do_sample = True
     generation.max_new_tokens = MAX_NEW_TOKENS
@@ -159,7 +187,7 @@ def make(name: str) -> None:
     recipe = RECIPES[name]
     tokenizer = build_tokenizer()
     torch.manual_seed(recipe.seed)
-    model = new_model(recipe, tokenizer)
+    model = load_model(str(HERE / recipe.origin)) if recipe.origin else new_model(recipe, tokenizer)
     for number, lesson in enumerate(recipe.lessons):
         print(f"{name}: lesson {number + 1} of {len(recipe.lessons)}")
         teach(model, tokenizer, lesson, seed=recipe.seed + 100 * number)

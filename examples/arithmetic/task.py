@@ -128,7 +128,7 @@ def as_table(problems: list[Problem], split: str) -> pa.Table:
                 "prompt": [{"role": "user", "content": problem.prompt}],
                 "data_source": "arithmetic",
                 "reward_model": {"style": "rule", "ground_truth": problem.answer},
-                "extra_info": {"index": index, "split": split},
+                "extra_info": {"index": index, "split": split, "solution": problem.solution},
             }
             for index, problem in enumerate(problems)
         ]

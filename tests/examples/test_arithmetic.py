@@ -7,15 +7,21 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
-from examples.arithmetic.make_models import schoolbook
-from examples.arithmetic.measure import is_correct, measure
-from examples.arithmetic.task import HERE, Problem, held_out_problems, random_problems
+from examples.arithmetic.make_models import schoolbook, shown
+from examples.arithmetic.measure import SAMPLES, complete, is_correct, measure
+from examples.arithmetic.task import (
+    HERE,
+    Problem,
+    build_tokenizer,
+    held_out_problems,
+    random_problems,
+)
 
-MODELS = ("student", "teacher")
+MODELS = ("student", "teacher", "reader")
 SPLITS = {"train": 4096, "heldout": 256}
-LARGEST_FOLDER = 6_500_000  # of which the four models take 5.7 million
+LARGEST_FOLDER = 7_500_000  # of which the five models take 6.6 million
 # Half of the held-out prompts keep the test fast. Two standard errors are then about five points,
 # and another version of torch may draw samples that fall anywhere in them.
 PROMPTS = 128
@@ -70,10 +76,10 @@ def test_every_ground_truth_is_the_value_of_its_prompt(split: str) -> None:
 def test_the_files_have_the_columns_of_verl(split: str, size: int) -> None:
     found = raw_rows(split)
     assert len(found) == size
-    assert [row["extra_info"] for row in found] == [
-        {"index": index, "split": split} for index in range(size)
-    ]
-    for row in found:
+    for index, row in enumerate(found):
+        solution = row["extra_info"].pop("solution")
+        assert is_correct(solution, row["reward_model"]["ground_truth"])
+        assert row["extra_info"] == {"index": index, "split": split}
         assert set(row) == {"prompt", "data_source", "reward_model", "extra_info"}
         assert row["data_source"] == "arithmetic"
         assert row["reward_model"]["style"] == "rule"
@@ -125,8 +131,8 @@ def test_the_chat_template_adds_nothing_to_the_prompt(model: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
-def test_both_models_have_the_same_tokenizer(name: str) -> None:
-    assert (HERE / "student" / name).read_bytes() == (HERE / "teacher" / name).read_bytes()
+def test_all_models_have_the_same_tokenizer(name: str) -> None:
+    assert len({(HERE / model / name).read_bytes() for model in MODELS}) == 1
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -138,6 +144,15 @@ def test_a_model_loads_and_stops_at_the_end_token(model: str) -> None:
     assert loaded.config.tie_word_embeddings
     assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
     assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_the_reader_writes_down_what_it_is_shown() -> None:
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM.from_pretrained(HERE / "reader", dtype=torch.float32)
+    problems = held_out_problems()[:32]
+    texts = complete(model, build_tokenizer(), [shown(problem) for problem in problems])
+    answers = [problem.answer for problem in problems for _ in range(SAMPLES)]
+    assert sum(map(is_correct, texts, answers)) / len(texts) > 0.9
 
 
 @pytest.mark.parametrize("model", MODELS)
