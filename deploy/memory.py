@@ -131,7 +131,9 @@ def _activations(shape: Shape, trainer: TrainerConfig, longest: int) -> float:
     cast = 2 * (shape.parameters - shape.output) if mixed and not sharded else 0
     states, logits = tokens * shape.hidden, CHUNK_BYTES["cuda"] / 2
     forward, backward = cast + logits + 24 * states, logits + 47 * states
-    backward += (8 if mixed else 6) * shape.output  # its gradients, and what is cast
+    backward += 2 * mixed * shape.output  # what is cast
+    if trainer.lora is None:
+        backward += 6 * shape.output  # its gradients, in bfloat16 and summed
     if trainer.gradient_checkpointing:
         return shape.layers * kept + 3 * pairs + max(forward, backward, 2 * layer)
     return shape.layers * (kept + pairs) + 2 * pairs + cast + max(forward - cast, backward)

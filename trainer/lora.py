@@ -27,6 +27,7 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> None:
             adapters around whole layers of experts, which nothing here merges.
     """
     import peft
+    from peft.tuners.lora import LoraLayer
 
     if refused := set(config.targets) & set(_TIED) if not isinstance(config.targets, str) else ():
         raise ValueError(f"trainer.lora.targets must not name {', '.join(sorted(refused))}")
@@ -38,6 +39,10 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> None:
             "trainer.lora.targets: adapters of experts cannot be merged; name the attention's "
             "layers, such as [q_proj, k_proj, v_proj, o_proj]"
         )
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # Autocast would only undo it: what comes in is in the precision that is computed in.
+            module.cast_input_dtype_enabled = False
 
 
 def merged(

@@ -38,6 +38,7 @@ def pretend() -> None:
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     Tensor.pin_memory = lambda self, *_, **__: self
+    torch.nn.Module.to = lambda self, *_, **__: self  # all is made there: fakes cannot be moved
     torch._C._set_only_lift_cpu_tensors(True)
 
 

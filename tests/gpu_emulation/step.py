@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from services.trajectory import (
     VerifiedGroup,
 )
 from tests.gpu_emulation.fake_cuda import FakeCuda, pretend
+from trainer import lora
 from trainer.batch import Batch
 from trainer.config import TrainerConfig
 from trainer.learner import Clock, Learner
@@ -63,11 +65,23 @@ def scored(lengths: list[int]) -> ScoredGroup:
     return ScoredGroup(verified, scores, "teacher")
 
 
+def attach_there(attach: Any) -> Any:
+    """Fakes cannot be moved: adapters have to be made on the device."""
+
+    def attached(*arguments: Any) -> None:
+        with torch.device("cuda"):
+            attach(*arguments)
+
+    return attached
+
+
 def counted(
     config: TrainerConfig, lengths: list[int], layers: int, dtype: str
 ) -> dict[str, object]:
     """One step on one rank."""
     batch = Batch.of([scored(lengths)])
+    if torch.distributed.is_initialized():
+        batch = batch.part(range(len(lengths)))  # this rank's share
     with FakeCuda() as device:
         with torch.device("cuda"):
             model = AutoModelForCausalLM.from_config(qwen_1_5b(layers), dtype=getattr(torch, dtype))
@@ -86,6 +100,9 @@ def counted(
         backward = device.peak
         syncs = Counter(device.syncs)
         device.peak = device.live
+        learner.student.sum_gradients()
+        summed = device.peak
+        device.peak = device.live
         learner._optimizer.step()
         optimizer, calls, moved = device.peak, Counter(device.calls), Counter(device.moved)
         seconds = Counter(device.seconds)
@@ -102,9 +119,10 @@ def counted(
         calls["_varlen_attn_backward bfloat16"] * 10 * pairs / BACK_A_S
     )
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n),
         "held_bytes": held,
         "backward_peak_bytes": backward,
+        "summing_peak_bytes": summed,
         "optimizer_peak_bytes": optimizer,
         "later_peak_bytes": later,
         "published_bytes": weights.buffer.nbytes,
@@ -124,8 +142,13 @@ def main() -> None:
     arguments.add_argument("--lengths", default="12288,3840")
     arguments.add_argument("--layers", type=int, default=28)
     arguments.add_argument("--no-checkpointing", action="store_true")
+    arguments.add_argument("--lora", action="store_true")
+    arguments.add_argument("--ranks", type=int, default=1, help="replicas, of which one is here")
     given = arguments.parse_args()
     pretend()
+    lora.attach = attach_there(lora.attach)
+    if given.ranks > 1:
+        torch.distributed.init_process_group("fake", rank=0, world_size=given.ranks)
     lengths = [int(length) for length in given.lengths.split(",")]
     config = TrainerConfig.model_validate(
         {
@@ -133,6 +156,8 @@ def main() -> None:
             "gradient_checkpointing": not given.no_checkpointing,
             "micro_batch_tokens": sum(lengths) + PROMPT * len(lengths),
             "objective": {"kind": "scope"},
+            "lora": {} if given.lora else None,
+            "parallel": "ddp",
         }
     )
     print(json.dumps(counted(config, lengths, given.layers, given.dtype), indent=2))
