@@ -54,12 +54,12 @@ class Driver:
 
     def runs(self, title: str) -> bool:
         """Whether a process of that name belongs to it."""
-        return any(title in " ".join(_words(p)) for p in self._descendants())
+        return any(title in " ".join(_words(p)) for p in self.processes())
 
     def inside(self) -> Path:
         """The root directory as the driver sees it, which `around` may have changed."""
-        wait_until(lambda: self.said and self._descendants())
-        (driver,) = [p for p in self._descendants() if str(SCOPE) in _words(p)][-1:]
+        wait_until(lambda: self.said and self.processes())
+        (driver,) = [p for p in self.processes() if str(SCOPE) in _words(p)][-1:]
         return Path(f"/proc/{driver.pid}/root")
 
     def wait_for(self, moment: Callable[[], object]) -> None:
@@ -79,7 +79,7 @@ class Driver:
     def interrupt(self, signum: signal.Signals) -> tuple[int, float]:
         """SIGINT as a terminal sends it, to the whole foreground group; any other to the driver
         alone. The exit status, and the seconds until it had ended."""
-        self._family = set(self._descendants())
+        self._family = set(self.processes())
         started = time.monotonic()
         if signum == signal.SIGINT:
             os.killpg(self._process.pid, signum)
@@ -96,7 +96,8 @@ class Driver:
         marked = {p for p in psutil.process_iter() if _environment(p).get(_MARK) == self._mark}
         return [" ".join(_words(p)) for p in marked | self._family if _runs(p)]
 
-    def _descendants(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """All that it has started and that runs."""
         try:
             return psutil.Process(self._process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
