@@ -51,6 +51,10 @@ def start_ray(settings: RayConfig, namespace: str, say: Callable[[str], None]) -
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
+        except ConnectionError:
+            raise
+        except OSError as error:
+            raise NoRay(f"Ray cannot write where TMPDIR tells it to: {error}") from error
         except Exception as error:
             if type(error) is not Exception:  # Ray has no other name for it
                 raise

@@ -158,8 +158,7 @@ def interrupted(first: signal.Signals, second: signal.Signals) -> Act:
             slowest = max(slowest, seconds)
             assert status == 130 or (name == "exports" and not status), f"{name}: {run.said[-500:]}"
             assert "Traceback" not in run.said, f"{name}: {run.said[-500:]}"
-            left = run.left()
-            assert not left, f"{name}: still there: {left}"
+            wait_until(lambda run=run: not run.left())  # Ray's last ones end after their raylet
             print(f"  {name}: ended in {seconds:.1f} s", flush=True)
         final = Driver(directory / "log", "resume", runs)
         return f"{trained(final, runs)}; slowest to end {slowest:.1f} s"
@@ -341,6 +340,11 @@ def clock_set_back(directory: Path) -> str:
     return trained(run, directory / "demo")
 
 
+def no_tmpdir(directory: Path) -> str:
+    """Python itself falls back to another directory; Ray does not."""
+    return says("where TMPDIR tells it", *short(directory), TMPDIR="/proc")(directory)
+
+
 def empty_run(directory: Path) -> str:
     """One that was interrupted before its first step."""
     shutil.copy(ROOT / "deploy/runs/demo.yaml", directory / "config.yaml")
@@ -380,7 +384,7 @@ TRIALS = (
     Trial("a teacher that is all but certain", "finite gradients", certain_teacher),
     Trial("all that is odd about a machine at once", "trains", all_at_once),
     Trial("HOME is not writable", "trains", trains(around=NO_HOME)),
-    Trial("TMPDIR is not writable", "trains, or one sentence", trains(TMPDIR="/proc")),
+    Trial("TMPDIR is not writable", "one sentence", no_tmpdir),
     Trial("a read-only checkout", "trains", trains(around=READ_ONLY)),
     Trial("a user who is not root", "trains",
           trains(around=[*READ_ONLY, *USER], HOME="/nonexistent")),

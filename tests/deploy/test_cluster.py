@@ -45,6 +45,16 @@ def test_in_the_end_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 3
 
 
+def test_a_directory_that_cannot_be_written_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray does not fall back to another one, as Python itself does."""
+    init, asked = failing(9, FileNotFoundError(2, "No such file or directory", "/proc/ray"))
+    with pytest.raises(NoRay, match="where TMPDIR tells it to"):
+        start(monkeypatch, init)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "error"),
     [({}, RuntimeError("twice")), ({"address": "h:1"}, ConnectionError("no cluster"))],
