@@ -52,7 +52,7 @@ STARTS = [1, 2, 5, 1, 30]
 # What vLLM's CPU kernels take: attention heads and experts are no narrower.
 _WIDE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "moe_intermediate_size": 64}
 # What published configs say, vLLM reads, and transformers' own do not hold.
-_PUBLISHED = {"lfm2": {"conv_dim": 128, "conv_dim_out": 128}}
+_PUBLISHED = {"lfm2": {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128}}
 PROMPTS = [[2], [5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]
 
 # What `services.shrink` cannot know, each for its own reason.
