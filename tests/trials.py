@@ -133,7 +133,9 @@ MOMENTS: dict[str, Callable[[Driver, Path], object]] = {
     "the teacher loads": lambda run, _: run.runs("ray::ServeReplica"),
     "evaluates before": lambda run, _: "evaluating before" in run.said,
     "trains": lambda _, directory: step_of(directory) > 0,
-    "a checkpoint is written": lambda _, directory: [*(directory / "checkpoints").glob("*")],
+    "a checkpoint is written": lambda run, directory: (
+        "accuracy" in run.said and [*(directory / "checkpoints").glob("*")]
+    ),
     "exports": lambda _, directory: (directory / "export").exists(),
 }
 
@@ -408,6 +410,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     options = parser.parse_args()
     os.umask(0o022)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     table = Table("trial", "what happened", "expected", "ok", title="trials")
     faults = 0
     for trial in TRIALS:
