@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -218,7 +218,8 @@ class VLLMEngine:
                 case "start_weight_update":
                     await llm.start_weight_update()
                 case "update_weights":
-                    await llm.update_weights(WeightTransferUpdateRequest(call.argument))
+                    update = renamed(call.argument, self._stored_names)
+                    await llm.update_weights(WeightTransferUpdateRequest(update))
                 case "finish_weight_update":
                     sent: Weights = call.argument
                     await llm.finish_weight_update(str(sent.version))
@@ -248,6 +249,13 @@ class VLLMEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+
+def renamed(update: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """What vLLM's NCCL and IPC engines tell of an update, with other names for its parameters."""
+    if "names" not in update:
+        return update
+    return update | {"names": [names.get(name, name) for name in update["names"]]}
 
 
 @contextmanager

@@ -75,3 +75,23 @@ def test_what_another_process_uses_is_left_alone(tmp_path: Path) -> None:
     with shared(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+def test_what_vllm_sends_itself_takes_the_names_of_a_multimodal_checkpoint(backend: str) -> None:
+    """Of its own messages, which both ends would otherwise read with the text model's names."""
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
+
+    from rollout.vllm_engine import renamed
+
+    names = {"model.norm.weight": "model.language_model.norm.weight"}
+    told = {
+        "names": [*names, "lm_head.weight"],
+        "dtype_names": ["float32"] * 2,
+        "shapes": [[2]] * 2,
+    }
+    kind = {"nccl": NCCLWeightTransferUpdateInfo, "ipc": IPCWeightTransferUpdateInfo}[backend]
+    made = kind(**renamed(told | ({} if backend == "nccl" else {"ipc_handles": [{}, {}]}), names))
+    assert made.names == ["model.language_model.norm.weight", "lm_head.weight"]
+    assert renamed({"manifest": []}, names) == {"manifest": []}  # our own transfer's
