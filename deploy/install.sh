@@ -36,6 +36,9 @@ install_torch() {
     build="$("$VENV/bin/python" -c 'import torch; print(torch.__version__, "for CUDA " + torch.version.cuda if torch.version.cuda else "for the CPU")')" ||
         fail "torch does not import: remove $VENV and try again."
     echo "install: torch $build, because $why."
+    # Its own tests: 120 MB that nothing imports.
+    torch="$("$VENV/bin/python" -c 'import torch; print(torch.__path__[0])' 2>/dev/null)" && [ -d "$torch" ] &&
+        rm -rf "$torch/test" "$torch"/bin/test_* "$torch"/bin/*Test
 }
 
 if [ "$part" = demo ]; then
