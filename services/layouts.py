@@ -36,6 +36,9 @@ FAILURES = (
 
 _PROOF_LENGTHS = (9, 12)  # unequal, side by side in one bucket, longer than hybrids' convolutions
 _NARROW = 4  # tokens
+# Differences may be so many times what rounding the embeddings does, but no rounding excuses these,
+# of hidden states and of gradients: sequences that see each other are 0.45 and 0.75 off or more.
+_TIMES, _DRAWS, _NO_ROUNDING = 8.0, 3, (0.3, 0.6)
 # Names of settings that change what a token sees, other than `sliding_window`.
 _LIMIT = re.compile(
     r"^(?!sliding_window$).*window(_size)?$|local_attention|attention_chunk_size|^index_topk"
@@ -73,6 +76,8 @@ class Proven:
     source: Source = "backbone"
     shares: bool = False  # whether packed sequences may lie behind one copy of their beginning
 
+
+Both: TypeAlias = tuple[Tensor, Tensor]  # hidden states and gradients
 
 Run: TypeAlias = Callable[[Proven, Sequence[Sequence[int]], int | None], Tensor]
 """Hidden states [C, H] of all tokens of sequences but their last ones; or, where so many tokens
@@ -124,12 +129,15 @@ def find(model: PreTrainedModel, head: torch.nn.Module, run: Run) -> Proven:
     worst = {}
     if _may_be_packed(model):
         worst["packed"] = _packed_difference(model, packed, rows, run)
-        if worst["packed"] <= tolerance(model):
+        if worst["packed"] <= 1.0:
             return replace(packed, shares=_shares(model, packed, run))
     worst["rows"] = _difference(model, rows, run)
-    if worst["rows"] <= tolerance(model):
+    if worst["rows"] <= 1.0:
         return rows
-    raise ValueError(f"no layout gives what each sequence gives by itself ({worst})")
+    said = ", ".join(f"{layout} {times:.3g}" for layout, times in worst.items())
+    raise ValueError(
+        f"no layout gives what each sequence gives by itself: off {said} times what rounding makes"
+    )
 
 
 def _may_be_packed(model: PreTrainedModel) -> bool:
@@ -205,17 +213,54 @@ def holds_no_values(model: PreTrainedModel) -> bool:
 def _difference(model: PreTrainedModel, proven: Proven, run: Run) -> float:
     """Largest relative difference between sequences together, as `proven` says, and one by one with
     the model's own attention and none of our kernels: of hidden states, and of the gradients that
-    reach the embeddings of the tokens."""
+    reach the embeddings of the tokens. In units of what rounding may do: 1 is still right."""
     sequences, alone = (
         [trial_tokens(model, n) for n in _PROOF_LENGTHS],
         replace(proven, layout="rows"),
     )
-    with plainly():
-        expected, pull = _hidden_and_gradient(
-            model, lambda: torch.cat([run(alone, [ids], None) for ids in sequences])
-        )
-    got, pulled = _hidden_and_gradient(model, lambda: run(proven, sequences, None))
-    return max(relative(got, expected), relative(pulled, pull))
+
+    def apart() -> Both:
+        with plainly():
+            return _hidden_and_gradient(
+                model, lambda: torch.cat([run(alone, [ids], None) for ids in sequences])
+            )
+
+    expected, got = apart(), _hidden_and_gradient(model, lambda: run(proven, sequences, None))
+    differences = _relative(got, expected)
+    allowed = [tolerance(model)] * len(differences)
+    if max(differences) > tolerance(model):
+        moved = _rounding(model, apart, expected)
+        for index, (limit, far) in enumerate(zip(_NO_ROUNDING, moved, strict=True)):
+            allowed[index] = max(allowed[index], min(_TIMES * far, limit))
+    return max(d / a for d, a in zip(differences, allowed, strict=True))
+
+
+@torch.no_grad()
+def _rounding(model: PreTrainedModel, apart: Callable[[], Both], expected: Both) -> list[float]:
+    """How far hidden states and gradients move when the trial's embeddings do, by their own
+    rounding. Of a deep model with large weights that is much: SmolLM2-135M makes 2e-4 of the 1e-7
+    of float32 in its backward pass, and half of everything of bfloat16's."""
+    weight: Any = model.get_input_embeddings().weight
+    ids = {token for length in _PROOF_LENGTHS for token in trial_tokens(model, length)}
+    rows = torch.tensor(sorted(ids), device=weight.device)
+    kept, far = weight[rows].clone(), [0.0, 0.0]
+    try:
+        for draw in range(_DRAWS):
+            noise = torch.empty(kept.shape).uniform_(
+                -1.0, 1.0, generator=torch.Generator().manual_seed(draw)
+            )
+            eps = torch.finfo(weight.dtype).eps
+            weight[rows] = (kept.float() * (1 + eps * noise.to(weight.device))).to(weight.dtype)
+            with torch.enable_grad():
+                moved = apart()
+            far = [max(pair) for pair in zip(far, _relative(moved, expected), strict=True)]
+    finally:
+        weight[rows] = kept
+    return far
+
+
+def _relative(got: Both, expected: Both) -> list[float]:
+    return [relative(g, e) for g, e in zip(got, expected, strict=True)]
 
 
 def trial_tokens(model: PreTrainedModel, count: int) -> list[int]:
@@ -229,11 +274,12 @@ def trial_tokens(model: PreTrainedModel, count: int) -> list[int]:
 
 
 def tolerance(model: PreTrainedModel) -> float:
-    """What `difference` may be from rounding alone."""
+    """What a relative difference may be from rounding alone, of a model that does not make much of
+    it."""
     return 3e-4 if model.dtype == torch.float32 else 0.08
 
 
-def _hidden_and_gradient(model: PreTrainedModel, run: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+def _hidden_and_gradient(model: PreTrainedModel, run: Callable[[], Tensor]) -> Both:
     """[T, H] hidden states, and the gradient of a fixed weighing of them by all embeddings."""
     weight: Any = model.get_input_embeddings().weight
     trained = weight.requires_grad
