@@ -47,6 +47,8 @@ from services.weights import Weights, check_probe, copy_weights
 
 ATTENTION = "scope_sampling"
 _log = logging.getLogger(__name__)
+# Differences may be so many times what rounding the embeddings does, but none of so many nats.
+_TIMES, _NO_ROUNDING = 4.0, 0.5
 _STATE = "scope_way_to_sample"  # kept with a model that was prepared
 METHODS = ("padded prompts", "prompts of one length", "no cache")  # the fastest first
 _CACHE = "past_key_values"
@@ -144,11 +146,13 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"{family}: the model's log-probs are no numbers; its weights are broken")
     prepack(model)
     attentions = [ATTENTION, own] if own == "sdpa" else [own]
-    differences = {}
+    differences, allowed = {}, tolerance(model)
     for tried in (Way(method, attention) for method in METHODS for attention in attentions):
         setattr(model, _STATE, tried)
         differences[tried] = _trial(model)
-        if differences[tried] <= (2e-4 if model.dtype == torch.float32 else 0.15):
+        if allowed < differences[tried] < _NO_ROUNDING:
+            allowed = max(allowed, min(_NO_ROUNDING, _TIMES * _rounding(model)))
+        if differences[tried] <= allowed:
             _log.info("%s: samples with %s, proven on four prompts", family, tried.method)
             return model
     delattr(model, _STATE)
@@ -157,6 +161,22 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
         f"{family} models are not supported: none samples as they compute: "
         f"{dict(zip(METHODS, differences.values(), strict=False))}"
     )
+
+
+def tolerance(model: PreTrainedModel) -> float:
+    """Nats that rounding alone may make of the trial's log-probs, of a model that makes little of
+    it."""
+    return 2e-4 if model.dtype == torch.float32 else 0.15
+
+
+def _rounding(model: PreTrainedModel) -> float:
+    """Nats by which plain forwards move with the rounding of the embeddings."""
+    ids, worst = layouts.trial_tokens(model, 12), 0.0
+    before = np.array(_plain(model, ids))
+    for draw in range(layouts.DRAWS):
+        with layouts.rounded(model, draw):
+            worst = max(worst, float(np.abs(np.array(_plain(model, ids)) - before).max()))
+    return worst
 
 
 def _trial(model: PreTrainedModel) -> float:

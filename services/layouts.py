@@ -38,7 +38,8 @@ _PROOF_LENGTHS = (9, 12)  # unequal, side by side in one bucket, longer than hyb
 _NARROW = 4  # tokens
 # Differences may be so many times what rounding the embeddings does, but no rounding excuses these,
 # of hidden states and of gradients: sequences that see each other are 0.45 and 0.75 off or more.
-_TIMES, _DRAWS, _NO_ROUNDING = 8.0, 3, (0.3, 0.6)
+_TIMES, _NO_ROUNDING = 8.0, (0.3, 0.6)
+DRAWS = 3  # of a rounding that is measured
 # Names of settings that change what a token sees, other than `sliding_window`.
 _LIMIT = re.compile(
     r"^(?!sliding_window$).*window(_size)?$|local_attention|attention_chunk_size|^index_topk"
@@ -235,27 +236,34 @@ def _difference(model: PreTrainedModel, proven: Proven, run: Run) -> float:
     return max(d / a for d, a in zip(differences, allowed, strict=True))
 
 
-@torch.no_grad()
+@contextmanager
+def rounded(model: PreTrainedModel, draw: int) -> Iterator[None]:
+    """Moves the embeddings of the trials' tokens by their own rounding; each draw is another."""
+    weight: Any = model.get_input_embeddings().weight
+    ids = {token for length in _PROOF_LENGTHS for token in trial_tokens(model, length)}
+    rows = torch.tensor(sorted(ids), device=weight.device)
+    kept = weight.detach()[rows].clone()
+    chance = torch.Generator().manual_seed(draw)
+    noise = torch.empty(kept.shape).uniform_(-1.0, 1.0, generator=chance).to(kept.device)
+    with torch.no_grad():
+        moved = kept.float() * (1.0 + torch.finfo(kept.dtype).eps * noise)
+        weight[rows] = moved.to(kept.dtype)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight[rows] = kept
+
+
 def _rounding(model: PreTrainedModel, apart: Callable[[], Both], expected: Both) -> list[float]:
     """How far hidden states and gradients move when the trial's embeddings do, by their own
     rounding. Of a deep model with large weights that is much: SmolLM2-135M makes 2e-4 of the 1e-7
     of float32 in its backward pass, and half of everything of bfloat16's."""
-    weight: Any = model.get_input_embeddings().weight
-    ids = {token for length in _PROOF_LENGTHS for token in trial_tokens(model, length)}
-    rows = torch.tensor(sorted(ids), device=weight.device)
-    kept, far = weight[rows].clone(), [0.0, 0.0]
-    try:
-        for draw in range(_DRAWS):
-            noise = torch.empty(kept.shape).uniform_(
-                -1.0, 1.0, generator=torch.Generator().manual_seed(draw)
-            )
-            eps = torch.finfo(weight.dtype).eps
-            weight[rows] = (kept.float() * (1 + eps * noise.to(weight.device))).to(weight.dtype)
-            with torch.enable_grad():
-                moved = apart()
-            far = [max(pair) for pair in zip(far, _relative(moved, expected), strict=True)]
-    finally:
-        weight[rows] = kept
+    far = [0.0, 0.0]
+    for draw in range(DRAWS):
+        with rounded(model, draw):
+            moved = _relative(apart(), expected)
+        far = [max(pair) for pair in zip(far, moved, strict=True)]
     return far
 
 

@@ -91,6 +91,13 @@ def test_what_rounding_makes_of_a_model_is_no_difference(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_nor_does_it_change_the_way_to_sample(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = transformers_engine.way(transformers_engine.prepare(made(family)))
+    monkeypatch.setattr(transformers_engine, "tolerance", lambda model: 1e-7)
+    assert transformers_engine.way(transformers_engine.prepare(made(family))) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_samples_have_the_logprobs_of_the_plain_forward(family: str) -> None:
     plain = made(family)
     model = transformers_engine.prepare(made(family))
