@@ -182,7 +182,7 @@ async def test_a_stopped_worker_that_wakes_after_the_take_over_changes_nothing(
 async def test_work_goes_on_when_redis_returns_within_the_patience(tmp_path: Path) -> None:
     server = EmbeddedRedis(tmp_path)
     server.start()
-    connection = Connection(server.url, "run", StageConfig(lease_s=0.4, patience_s=30))
+    connection = Connection(server.url, "run", StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
     streams = connection.streams()
     await streams.create()
     await feed(streams)
