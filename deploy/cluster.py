@@ -54,7 +54,7 @@ def start_ray(settings: RayConfig, namespace: str, say: Callable[[str], None]) -
         except ConnectionError:
             raise
         except OSError as error:
-            raise NoRay(f"Ray cannot write where TMPDIR tells it to: {error}") from error
+            raise NoRay(f"Ray does not start, where TMPDIR tells it to or /tmp: {error}") from error
         except Exception as error:
             if type(error) is not Exception:  # Ray has no other name for it
                 raise
