@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from examples.arithmetic.study import RESULTS, TOKENS, Bench, Experiment, read_runs, train
+from examples.arithmetic.study import RESULTS, TOKENS, Bench, Experiment, made, read_runs
 from trainer.objectives.config import OBJECTIVES
 
 SEEDS = 5
@@ -96,10 +96,10 @@ def main() -> None:
     torch.set_num_threads(1)
     bench, every = Bench(), experiments(options.tokens)
     for experiment, seed in todo(every, options.seeds, _finished(options.results)):
-        run = train(bench, experiment, seed)
+        record = made(bench, experiment, seed)
         with options.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(run) + "\n")
-        print(f"{experiment.name}, seed {seed}: {run['seconds']} s", flush=True)
+            file.write(json.dumps(record) + "\n")
+        print(f"{experiment.name}, seed {seed}: {record['seconds']} s", flush=True)
     if finished := whole(_finished(options.results), every):
         print(table(finished, [e.name for e in every]))
 

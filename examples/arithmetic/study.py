@@ -2,12 +2,9 @@
 
     python -m examples.arithmetic.study
 
-Every run starts from the same student, ends once it has sampled `TOKENS`, and for one seed gets
-the same prompts in the same order and the same random numbers. It trains in this process: sampling,
-verdict, teacher scores, weights and gradient are the service's own functions, called one after
-another without Ray and Redis, so each step is exactly on policy. A finished run is one line of
-`results/runs.jsonl` and is not run again; `study_report.py` makes tables and plots of them.
-docs/study.md has the rest.
+Every run starts from the same student and ends once it has sampled `TOKENS`
+(`examples/one_process.py`). A finished run is one line of `results/runs.jsonl` and is not run
+again; `study_report.py` makes tables and plots of them. docs/study.md has the rest.
 """
 
 from __future__ import annotations
@@ -33,29 +30,19 @@ from examples.arithmetic.ways import (
     is_misread,
     training,
 )
-from rollout.config import DataConfig, SamplingConfig
-from rollout.prompts import PromptSource, Row
-from rollout.rows import Request
-from rollout.transformers_engine import sample_groups
-from services import packed
-from services.models import end_tokens, load_model, load_tokenizer
-from services.teacher_need import SCORED
+from examples.one_process import Stages
+from rollout.prompts import Row
+from services.models import load_model
 from services.trajectory import (
     Prompt,
-    RolloutGroup,
     Sampling,
     ScoredGroup,
-    TopTokens,
-    Trajectory,
     Verdict,
-    VerifiedGroup,
 )
 from services.weights import copy_weights
-from trainer.batch import Batch
 from trainer.config import OptimizerConfig, TrainerConfig
 from trainer.learner import Learner
 from trainer.objectives.config import ObjectiveConfig
-from trainer.objectives.kinds import objective
 from verifier import exact
 
 STUDENT, TEACHER = HERE / "study-student", HERE / "study-teacher"
@@ -96,19 +83,11 @@ ABLATIONS = [
 ]
 
 
-class Bench:
+class Bench(Stages):
     """The models and prompts that all runs share."""
 
     def __init__(self) -> None:
-        self.tokenizer = load_tokenizer(str(STUDENT))
-        self.ends = end_tokens(str(STUDENT))
-        self.student = load_model(str(STUDENT))  # samples; takes on every run's weights
-        self.teacher_sampler = load_model(str(TEACHER))
-
-    @cached_property
-    def teacher(self) -> PreTrainedModel:
-        """Scores."""
-        return packed.prepare(load_model(str(TEACHER)))
+        super().__init__(STUDENT, TEACHER, _judge, max_tokens=MAX_TOKENS, rows_at_once=ROWS_AT_ONCE)
 
     @cached_property
     def train_rows(self) -> list[Row]:
@@ -124,126 +103,38 @@ class Bench:
             for p in problems
         ]
 
-    def prompts(
-        self, rows: Sequence[Row], n: int, *, seed: int, shuffle: bool, top: int = 0
-    ) -> PromptSource:
-        sampling = SamplingConfig(n=n, max_tokens=MAX_TOKENS)
-        data = DataConfig(path=Path("in memory"), max_prompt_tokens=16, shuffle=shuffle)
-        return PromptSource(rows, sampling, seed=seed, data=data, top=top)
-
-    # ------------------------------------------------------------------- the stages of a step
-
-    def sample(
-        self, model: PreTrainedModel, prompts: Sequence[Prompt], version: int = 0
-    ) -> list[RolloutGroup]:
-        """What the rollout worker does."""
-        groups: list[RolloutGroup] = []
-        for some in _chunks(prompts, max(1, ROWS_AT_ONCE // prompts[0].sampling.n)):
-            requests = [Request(p.token_ids.tolist(), p.sampling) for p in some]
-            for prompt, completions in zip(
-                some, sample_groups(model, requests, self.ends), strict=True
-            ):
-                trajectories = tuple(
-                    Trajectory(c.token_ids, c.logprobs, c.finish, self.text(c.token_ids), top=c.top)
-                    for c in completions
-                )
-                groups.append(RolloutGroup(prompt, trajectories, version))
-        return groups
-
-    def text(self, token_ids: Any) -> str:
-        return str(self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
-
-    def score(
-        self, group: VerifiedGroup, *outcomes: Any, asked: ObjectiveConfig | None = None
-    ) -> ScoredGroup:
-        """What the teacher's worker and its scorer do for what an objective asks."""
-        asked = asked or ObjectiveConfig.model_validate({"kind": "scope"})
-        places = group.indices(*outcomes)
-        prompt = group.rollout.prompt.token_ids.tolist()
-        answers = [group.rollout.trajectories[i] for i in places]
-        named = [torch.tensor(a.top) for a in answers if a.top is not None]
-        found = (
-            []
-            if not places
-            else packed.score_top(
-                self.teacher,
-                [prompt + answer.token_ids.tolist() for answer in answers],
-                [len(prompt)] * len(places),
-                asked.teacher_top,
-                torch.cat(named).long() if named else None,
-                entropy=asked.teacher_entropy,
-            )
-        )
-        scores = dict(zip(places, found, strict=True))
-        tops = {
-            i: TopTokens(s.top_ids.numpy().astype(np.int32), s.top_logprobs.numpy())
-            if answer.top is None
-            else TopTokens(answer.top, s.candidates.numpy())
-            for (i, s), answer in zip(scores.items(), answers, strict=True)
-        }
-        return ScoredGroup(
-            group,
-            {i: s.logprobs.numpy() for i, s in scores.items()},
-            "teacher",
-            tops if asked.top_tokens else {},
-            teacher_entropy={i: s.entropy.numpy() for i, s in scores.items()}
-            if asked.teacher_entropy
-            else {},
-        )
-
     def evaluate(self, model: PreTrainedModel, *, seed: int) -> list[int]:
         """How many of `SAMPLES` completions of each held-out prompt are correct."""
         source = self.prompts(self.held_out_rows, SAMPLES, seed=seed, shuffle=False)
         groups = self.sample(model, [source.prompt(order) for order in range(len(source))])
-        return [len(verify(group).indices("correct")) for group in groups]
+        return [len(self.verify(group).indices("correct")) for group in groups]
 
 
-def verify(group: RolloutGroup) -> VerifiedGroup:
-    """What the verifier's worker and its judge do."""
-    verdicts = tuple(
-        Verdict("incorrect", "truncated: no end token")
-        if t.finish == "length"
-        else exact.judge(t.text, group.prompt.reference, ";")
-        for t in group.trajectories
-    )
-    return VerifiedGroup(group, verdicts)
+def _judge(text: str, reference: str) -> Verdict:
+    return exact.judge(text, reference, ";")
 
 
-def train(bench: Bench, experiment: Experiment, seed: int) -> dict[str, Any]:
+def made(bench: Bench, experiment: Experiment, seed: int) -> dict[str, Any]:
     """One run, and its evaluation; a record of `runs.jsonl`."""
     started = time.perf_counter()
-    torch.manual_seed(seed)
     settings = TrainerConfig(
-        objective=experiment.objective, optimizer=OPTIMIZER, micro_batch_tokens=8192
+        objective=experiment.objective,
+        optimizer=OPTIMIZER,
+        groups_per_step=PROMPTS,
+        micro_batch_tokens=8192,
     )
-    learner = Learner(load_model(str(STUDENT)), settings, temperature=1.0)
-    need = objective(experiment.objective)
-    asked = experiment.objective
-    source = bench.prompts(
-        bench.train_rows, ROLLOUTS, seed=seed, shuffle=True, top=asked.student_top
-    )
-    accuracy, scored_tokens, sampled_tokens = [], 0, 0
-    for step in range(experiment.steps):
-        if sampled_tokens >= experiment.tokens:
-            break
-        copy_weights(bench.student, learner.weights())
-        sampler = bench.student if need.sampler == "student" else bench.teacher_sampler
-        prompts = [source.prompt(step * PROMPTS + i) for i in range(PROMPTS)]
-        verified = [verify(group) for group in bench.sample(sampler, prompts, step)]
-        groups = [bench.score(group, *SCORED[need.teacher], asked=asked) for group in verified]
-        sampled_tokens += sum(len(t.token_ids) for g in groups for t in g.rollout.trajectories)
-        learner.step(Batch.of(groups))
-        accuracy.append(sum(len(g.indices("correct")) for g in verified) / (PROMPTS * ROLLOUTS))
-        scored_tokens += sum(len(lp) for g in groups for lp in g.teacher_logprobs.values())
-    copy_weights(bench.student, learner.weights())
+    trained = bench.train(
+        settings, bench.train_rows, ROLLOUTS,
+        seed=seed, steps=experiment.steps, tokens=experiment.tokens,
+    )  # fmt: skip
     return {
         "experiment": experiment.name,
         "seed": seed,
         "tokens": experiment.tokens,
         "correct": bench.evaluate(bench.student, seed=1000 + seed),
-        "train_accuracy": accuracy,
-        "scored_tokens": scored_tokens,
-        "sampled_tokens": sampled_tokens,
+        "train_accuracy": trained.accuracy,
+        "scored_tokens": trained.scored_tokens,
+        "sampled_tokens": trained.sampled_tokens,
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -269,7 +160,7 @@ def recovery(bench: Bench) -> list[dict[str, Any]]:
     )
     source = bench.prompts(bench.train_rows, ROLLOUTS, seed=77, shuffle=True)
     groups = bench.sample(student, [source.prompt(i) for i in range(RECOVERY_PROMPTS)])
-    scored = [bench.score(verify(group), "incorrect") for group in groups]
+    scored = [bench.score(bench.verify(group), "incorrect") for group in groups]
     results: list[dict[str, Any]] = []
     for group in scored:
         for index, logprobs in group.teacher_logprobs.items():
@@ -333,11 +224,6 @@ def todo(done: Sequence[dict[str, Any]]) -> Iterator[tuple[Experiment, int]]:
                     yield experiment, seed
 
 
-def _chunks(items: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 def main() -> None:
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
@@ -353,11 +239,11 @@ def main() -> None:
             "[\n" + ",\n".join(map(json.dumps, recovery(bench))) + "\n]\n", encoding="utf-8"
         )
     for experiment, seed in todo(read_runs()):
-        run = train(bench, experiment, seed)
+        record = made(bench, experiment, seed)
         with (RESULTS / "runs.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(run) + "\n")
-        average = sum(run["correct"]) / (HELD_OUT_PROMPTS * SAMPLES)
-        print(f"{experiment.name}, seed {seed}: Avg@{SAMPLES} {average:.1%}, {run['seconds']} s")
+            file.write(json.dumps(record) + "\n")
+        average = sum(record["correct"]) / (HELD_OUT_PROMPTS * SAMPLES)
+        print(f"{experiment.name}, seed {seed}: Avg@{SAMPLES} {average:.1%}, {record['seconds']} s")
         sys.stdout.flush()
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deploy.accuracy import Estimate, over_prompts
 from examples.smollm.task import (
@@ -91,8 +91,22 @@ def measure(
     model: str, problems: Sequence[Problem], *, hints: bool = False, temperature: float = 1.0
 ) -> list[Tally]:
     """Samples a model, and counts."""
-    sampler, tokenizer = prepare(load_model(model)), load_tokenizer(model)
-    ends = end_tokens(model)
+    return measure_loaded(
+        prepare(load_model(model)), load_tokenizer(model), end_tokens(model), problems,
+        hints=hints, temperature=temperature,
+    )  # fmt: skip
+
+
+def measure_loaded(
+    sampler: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+    problems: Sequence[Problem],
+    *,
+    hints: bool = False,
+    temperature: float = 1.0,
+) -> list[Tally]:
+    """As `measure`, of a model that `rollout.transformers_engine.prepare` has seen."""
     tallies: list[Tally] = []
     for start, some in _chunks(problems, ANSWERS_AT_ONCE // SAMPLES):
         requests = [

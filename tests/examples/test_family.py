@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from examples.arithmetic.family import TOP, experiments, table, todo, whole
-from examples.arithmetic.study import Bench, Experiment, train
+from examples.arithmetic.study import Bench, Experiment, made
 from trainer.objectives.config import OBJECTIVES
 
 
@@ -44,5 +44,5 @@ def test_a_run_ends_at_its_budget_and_asks_for_top_tokens(kind: str) -> None:
     bench = Bench()
     bench.held_out_rows = bench.held_out_rows[:2]
     settings = {"kind": kind, "top_k": TOP}
-    run = train(bench, Experiment(kind, 1, settings, steps=5, tokens=1), seed=0)
-    assert len(run["train_accuracy"]) == 1 and run["sampled_tokens"] > 1
+    record = made(bench, Experiment(kind, 1, settings, steps=5, tokens=1), seed=0)
+    assert len(record["train_accuracy"]) == 1 and record["sampled_tokens"] > 1

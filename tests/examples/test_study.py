@@ -16,10 +16,9 @@ from examples.arithmetic.study import (
     RESULTS,
     SAMPLES,
     Bench,
+    made,
     read_runs,
     todo,
-    train,
-    verify,
 )
 from examples.arithmetic.study_report import (
     by_experiment,
@@ -156,9 +155,9 @@ def test_the_driver_trains_a_student() -> None:
     bench.held_out_rows = bench.held_out_rows[:4]
     scope = METHODS[0]
     short = type(scope)(scope.name, 1, steps=2)
-    run = train(bench, short, seed=0)
-    assert len(run["correct"]) == 4 and len(run["train_accuracy"]) == 2
-    assert run["scored_tokens"] > 0
+    record = made(bench, short, seed=0)
+    assert len(record["correct"]) == 4 and len(record["train_accuracy"]) == 2
+    assert record["scored_tokens"] > 0
     source = bench.prompts(bench.train_rows, 2, seed=0, shuffle=True)
     (group,) = bench.sample(bench.student, [source.prompt(0)])
-    assert {v.outcome for v in verify(group).verdicts} <= {"correct", "incorrect"}
+    assert {v.outcome for v in bench.verify(group).verdicts} <= {"correct", "incorrect"}
