@@ -41,7 +41,13 @@ STARTED_ONCE = {
         "teacher/test_serve", "teacher/test_serve_several",
     ),
 }  # fmt: skip
-SHARE_OF = {f"tests/{file}.py": name for name, files in STARTED_ONCE.items() for file in files}
+# Runs that hold gigabytes: one at a time.
+LARGE = ("deploy/test_vllm_pipeline", "examples/test_smollm_run")
+SHARE_OF = {
+    f"tests/{file}.py": name
+    for name, files in (STARTED_ONCE | {"large": LARGE}).items()
+    for file in files
+}
 
 
 @pytest.hookimpl(optionalhook=True)

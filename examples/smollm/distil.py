@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -44,15 +44,24 @@ def run(directory: Path, overrides: Sequence[str]) -> None:
         raise SystemExit(f"smollm: the run ended early: the same command goes on with {directory}")
 
 
-def measured(model: Path, kept: Path, *, hints: bool = False, cool: bool = False) -> list[Tally]:
-    """What `measure` says, kept in a file."""
-    if not kept.exists():
-        print(f"smollm: {kept.stem}: {task.HELD_OUT_PROMPTS} held-out stories …", flush=True)
-        problems = task.distinct(task.HELD_OUT, task.HELD_OUT_SEED, task.HELD_OUT_PROMPTS)
-        temperature = COOL if cool else 1.0
-        tallies = measure(str(model), problems, hints=hints, temperature=temperature)
-        write_whole(kept, json.dumps([asdict(t) for t in tallies]))
-    return [Tally(**fields) for fields in json.loads(kept.read_text(encoding="utf-8"))]
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What `measure` says of held-out stories, kept in a folder."""
+
+    folder: Path
+    stories: int
+
+    def tallies(
+        self, name: str, model: Path, *, hints: bool = False, cool: bool = False
+    ) -> list[Tally]:
+        kept = self.folder / f"{name}-{self.stories}.json"
+        if not kept.exists():
+            print(f"smollm: {name}: {self.stories} held-out stories …", flush=True)
+            problems = task.distinct(task.HELD_OUT, task.HELD_OUT_SEED, self.stories)
+            temperature = COOL if cool else 1.0
+            tallies = measure(str(model), problems, hints=hints, temperature=temperature)
+            write_whole(kept, json.dumps([asdict(t) for t in tallies]))
+        return [Tally(**fields) for fields in json.loads(kept.read_text(encoding="utf-8"))]
 
 
 def gained(before: Sequence[Tally], after: Sequence[Tally]) -> Estimate:
@@ -66,6 +75,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "smollm")
+    parser.add_argument("--stories", type=int, default=task.HELD_OUT_PROMPTS, help="held-out ones")
     parser.add_argument("overrides", nargs="*", help="of run.yaml: section.key=value")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -74,12 +84,13 @@ def main() -> None:
     task.write_data(task.BUILD)
     results = directory.with_name(f"{directory.name}-measured")
     results.mkdir(parents=True, exist_ok=True)
-    before = measured(fetch.MODEL, results / "before.json")
-    teacher = measured(fetch.MODEL, results / "with-solution.json", hints=True)
-    before_cool = measured(fetch.MODEL, results / "before-cool.json", cool=True)
+    held_out = Measured(results, options.stories)
+    before = held_out.tallies("before", fetch.MODEL)
+    teacher = held_out.tallies("with-solution", fetch.MODEL, hints=True)
+    before_cool = held_out.tallies("before-cool", fetch.MODEL, cool=True)
     run(directory, options.overrides)
-    after = measured(directory / "export", results / "after.json")
-    after_cool = measured(directory / "export", results / "after-cool.json", cool=True)
+    after = held_out.tallies("after", directory / "export")
+    after_cool = held_out.tallies("after-cool", directory / "export", cool=True)
     print(HEAD)
     print(row("before", before))
     print(row("after", after))
