@@ -47,6 +47,21 @@ def test_no_line_of_a_table_is_wider_than_a_screen() -> None:
     assert wide == []
 
 
+def test_every_row_of_a_table_has_its_heads_columns() -> None:
+    """A `|` within a cell splits it, unless it is escaped."""
+    torn = []
+    for page in PAGES:
+        tables = re.findall(r"^\|.*\n\|[-:|]+\|\n(?:\|.*\n)*", page.read_text(), re.M)
+        for rows in (table.splitlines() for table in tables):
+            columns = len(re.findall(r"(?<!\\)\|", rows[0]))
+            torn += [
+                f"{page.name}: {row}"
+                for row in rows
+                if len(re.findall(r"(?<!\\)\|", row)) != columns
+            ]
+    assert torn == []
+
+
 def test_every_link_leads_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):

@@ -45,7 +45,9 @@ def test_three_steps_train_a_real_model_and_lose_no_story(tmp_path: Path) -> Non
         kept = json.loads((tmp_path / "short-measured" / f"{name}-{STORIES}.json").read_text())
         assert [Tally(**fields).samples for fields in kept] == [8] * STORIES
 
-    model, trained = (AutoModelForCausalLM.from_pretrained(p) for p in (fetch.MODEL, run / "export"))
+    model, trained = (
+        AutoModelForCausalLM.from_pretrained(p) for p in (fetch.MODEL, run / "export")
+    )
     moved = {
         name for (name, before), after in
         zip(model.state_dict().items(), trained.state_dict().values(), strict=True)
