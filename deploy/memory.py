@@ -28,6 +28,7 @@ from trainer.config import TrainerConfig
 from trainer.student import is_sharded
 
 _CUDA = 0.6e9  # context, libraries and their workspace in one process; assumed
+_SUMMED = 4  # FSDP2 adds gradients up in float32 (reduce_dtype), whatever they are computed in
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 # GB of the accelerators that Ray tells apart; of several sizes the largest.
 _ACCELERATORS = {
@@ -97,17 +98,18 @@ def learner(shape: Shape, trainer: TrainerConfig, longest: int) -> Parts:
     trained = shape.parameters if trainer.lora is None else trainer.lora.rank * shape.lora
     sharded = is_sharded(trainer, trainer.ranks)
     share = 0.0 if trainer.offload else size / (trainer.ranks if sharded else 1)
-    most = _activations(shape, trainer, longest)
-    if sharded:  # unsharded gradients; the two ends of the model and two layers put together
+    most, unsharded = _activations(shape, trainer, longest), 0.0
+    if sharded:  # gradients until they travel; the two ends of the model and two layers gathered
         compute = 2 if "bfloat16" in (trainer.dtype, trainer.autocast) else size
         layer = (shape.parameters - shape.output) / shape.layers
-        most += compute * (trained + 2 * shape.output + 2 * layer)
+        unsharded = _SUMMED * trained + compute * (2 * shape.output + 2 * layer)
     elif trainer.ranks > 1:
         most = max(most, size * trained)  # all gradients in one message
     return {
         "weights": share * (shape.parameters + (trained if trainer.lora else 0)),
         "gradients": share * trained,
         "optimizer": 2 * share * trained,
+        "unsharded": unsharded,
         "activations": most,
         "CUDA": _CUDA,
     }

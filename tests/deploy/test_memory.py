@@ -3,6 +3,8 @@ learner's with what is counted; here are hand-computed numbers, refusals and the
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from transformers import Qwen2Config, Qwen3Config
 
@@ -121,6 +123,24 @@ def test_ranks_offload_and_adapters_hold_less(models: dict[str, str]) -> None:
     assert held["one"] == held["ddp"] == 16 * shape.parameters == 4 * held["four"]
     assert held["offload"] == 0
     assert held["lora"] == 4 * shape.parameters + 16 * 8 * shape.lora
+
+
+@pytest.mark.parametrize(
+    ("settings", "compute"),
+    [({"autocast": "bfloat16"}, 2), ({"dtype": "bfloat16"}, 2), ({}, 4),
+     ({"autocast": "bfloat16", "offload": True, "ranks": 1}, 2)],
+)  # fmt: skip
+def test_shards_hold_whole_gradients_in_float32_until_they_travel(
+    models: dict[str, str], settings: dict[str, Any], compute: int
+) -> None:
+    """4 bytes of each parameter, as tests/trainer/test_student.py finds them; and, gathered in
+    the precision of the computation, both ends of the model and two of its layers."""
+    shape = Shape.of(models["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"])
+    end = 151_936 * 1_536
+    layer = (1_777_088_000 - end) / 28
+    parts = learner(shape, TrainerConfig(**{"ranks": 4, **settings}), 4_096)
+    assert parts["unsharded"] == 4 * 1_777_088_000 + compute * (2 * end + 2 * layer)
+    assert learner(shape, TrainerConfig(ranks=4, parallel="ddp"), 4_096)["unsharded"] == 0
 
 
 def test_the_page_on_sizing_says_the_same(models: dict[str, str]) -> None:

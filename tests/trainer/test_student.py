@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -69,6 +70,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "shards of adapters": {"lora": LoraConfig(rank=4, alpha=8)},
     "shards, not tied": {},
 }
+
+
+UNSHARDED = ("shards", "shards in bfloat16", "shards in host memory")
 
 
 def made(way: str, *, alone: bool = False, seed: int = 0) -> Learner:
@@ -130,6 +134,8 @@ def _rank(rank: int, ranks: int, directory: str) -> None:
         torch.save(messages(made("shards")), f"{directory}/messages.pt")
     else:
         messages(made("shards"))
+    held = {way: unsharded_bytes(made(way)) for way in UNSHARDED}
+    torch.save(held, f"{directory}/held {rank}.pt")
     for way in WAYS:
         learner = made(way)
         got = outcome(learner)
@@ -151,6 +157,24 @@ def messages(learner: Learner) -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         learner.backward(batch, Clock())
     return {event.key: event.count for event in profiled.key_averages() if "c10d::" in event.key}
+
+
+def unsharded_bytes(learner: Learner) -> int:
+    """What this rank holds of gradients while micro-batches are still to come."""
+    sums_at = learner.student.sums_at
+    learner.student.sums_at = lambda last: sums_at(last=False)  # type: ignore[method-assign]
+    learner.backward(own_part(learner, groups()), Clock())
+    shards: list[Any] = [m for m in learner.student.model.modules() if isinstance(m, FSDPModule)]
+    parameters = [
+        p
+        for shard in shards
+        for group in shard._get_fsdp_state()._fsdp_param_groups
+        for p in group.fsdp_params
+    ]
+    # Those of the compute dtype are cast when they are put aside, others stay where they were.
+    held = [p.unsharded_accumulated_grad for p in parameters]
+    held += [p._unsharded_param.grad for p in parameters]
+    return sum(grad.nbytes for grad in held if grad is not None)
 
 
 def save(learner: Learner, directory: Path) -> None:
@@ -228,6 +252,14 @@ def test_gradients_travel_once_a_step_however_many_micro_batches(two_ranks: Path
     sent = torch.load(two_ranks / "messages.pt")
     assert sent["c10d::_reduce_scatter_base_"] == 3  # two layers and the rest
     assert sent["c10d::_allgather_base_"] > 3 * 3  # more than one micro-batch
+
+
+@pytest.mark.slow
+def test_gradients_are_held_whole_and_in_float32_until_they_travel(two_ranks: Path) -> None:
+    """As `deploy/memory.py` counts them, whatever precision is computed in."""
+    whole = 4 * sum(p.numel() for p in model().parameters())
+    for rank in range(2):
+        assert torch.load(two_ranks / f"held {rank}.pt") == dict.fromkeys(UNSHARDED, whole)
 
 
 @pytest.mark.slow
