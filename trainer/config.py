@@ -89,6 +89,7 @@ class TrainerConfig(Config):
     lora: LoraConfig | None = None
     """Trains adapters only; None trains the whole student."""
     stall_timeout_s: float = Field(default=1800.0, gt=0)
-    """No gradient step for this long stops the run, naming the slowest stage."""
+    """No gradient step for this long, once the first prompt was fed, stops the run, naming the
+    slowest stage."""
     max_failures: int = Field(default=3, ge=0)
     """How often Ray Train restarts the learner from its last checkpoint."""

@@ -90,7 +90,7 @@ class GroupReader:
         max_staleness: how many versions older than the step's a token's weights may be; None
             where whoever samples never changes.
         total: prompts that the run feeds in all.
-        timeout_s: how long one step is waited for.
+        timeout_s: how long one step is waited for, once a prompt was fed.
     """
 
     def __init__(
@@ -154,10 +154,13 @@ class GroupReader:
         """The groups that `version` of the weights learns from, in the order of the feed; none
         when all are trained. Calls `while_waiting` about every half second until they are there.
 
+        The clock starts with the run's first prompt: before it, engines start and the untrained
+        student is evaluated, with deadlines of their own.
+
         Raises:
             Stalled: the groups did not come within the timeout.
         """
-        deadline = time.monotonic() + self._timeout_s
+        deadline: float | None = None
         while True:
             dead = await self._deaths.orders(self.covered)
             due = list(islice(self._open(dead), self._groups_per_step))
@@ -166,7 +169,9 @@ class GroupReader:
             if not missing:
                 return [self._ready.pop(order) for order in due]
             while_waiting()
-            if time.monotonic() > deadline:
+            if deadline is None and (await self.streams.ledger()).fed:
+                deadline = time.monotonic() + self._timeout_s
+            if deadline is not None and time.monotonic() > deadline:
                 raise Stalled(
                     f"the learner waited {self._timeout_s:.0f} s for {len(due)} scored groups and "
                     f"has {len(due) - len(missing)}; the first that is missing is of prompt "
