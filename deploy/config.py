@@ -33,7 +33,7 @@ from services.config import (
     WorkersConfig,
 )
 from services.pipeline import PIPELINE, Pipeline, Step
-from teacher.config import TeachersConfig
+from teacher.config import TeacherConfig, TeachersConfig
 from trainer.config import TrainerConfig
 from verifier.config import VerifierConfig
 
@@ -141,6 +141,31 @@ class RunConfig(TeachersConfig):
         dtypes = {one.engine.precision(one.resources) for one in teachers}
         dtypes.add(self.rollout.engine.precision(self.rollout.resources))
         return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and answer that are trained on, all turns included."""
+        return self.data.max_prompt_tokens + self.sampling.max_tokens
+
+    @property
+    def longest_sampled(self) -> int:
+        """The same of whatever is sampled, in evaluations too."""
+        if (held := self.evaluation) is None:
+            return self.longest
+        return max(self.longest, held.data.max_prompt_tokens + held.sampling.max_tokens)
+
+    @property
+    def served(self) -> dict[str, TeacherConfig]:
+        """The teachers that this run serves. Left to themselves they would take sequences as long
+        as their context, and vLLM starts only where it has memory for one of these: those that
+        read what the student read are sent none longer than the run's longest."""
+        return {name: self._sized(one) for name, one in super().served.items()}
+
+    def _sized(self, teacher: TeacherConfig) -> TeacherConfig:
+        same = teacher.context is None and teacher.tokenizer == "student" and not self.steps
+        if teacher.max_sequence_tokens is not None or not same:
+            return teacher
+        return teacher.model_copy(update={"max_sequence_tokens": self.longest})
 
     def own_step(self, name: str) -> OwnStep:
         """The stage of one's own that is called so."""

@@ -27,6 +27,7 @@ from teacher.config import TeacherConfig
 from trainer.config import TrainerConfig
 from trainer.student import is_sharded
 
+_VLLM = 2e9  # CUDA, its graphs, the sampler's logits, activations of the largest step; assumed
 _CUDA = 0.6e9  # context, libraries and their workspace in one process; assumed
 _SUMMED = 4  # FSDP2 adds gradients up in float32 (reduce_dtype), whatever they are computed in
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
@@ -55,6 +56,8 @@ class Shape:
     inner: int
     """Width of the feed-forward that one token goes through."""
     heads: int
+    context: int
+    """Most tokens of a sequence; 0 where the model does not say."""
 
     @classmethod
     @functools.cache
@@ -82,6 +85,7 @@ class Shape:
             hidden=hidden,
             inner=inner,
             heads=heads,
+            context=getattr(config, "max_position_embeddings", None) or 0,
         )
 
 
@@ -171,22 +175,32 @@ def needs(config: RunConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[
     Raises:
         services.models.ModelError: a model's config.json cannot be read.
     """
-    trainer, rollout, longest = config.trainer, config.rollout, _longest(config)
+    trainer, rollout, longest = config.trainer, config.rollout, config.longest
     if trainer.resources.gpus:
         parts, has = learner(Shape.of(config.student), trainer, longest), _has(config, trainer)
         yield Need("learner", parts, has, _learner_knobs(config, has))
     if rollout.resources.gpus:
-        cached = (longest * config.sampling.n, config.sampling.n)
-        yield _engine(config, "rollout", config.student, rollout.engine, rollout.resources, cached)
+        work = Work(config.longest_sampled, longest * config.sampling.n, config.sampling.n)
+        yield _engine(config, "rollout", config.student, rollout.engine, rollout.resources, work)
     for name, one in teachers.items():
         if one.resources.gpus and not one.endpoints:
             read = max(one.batch_tokens, one.max_sequence_tokens or longest)
             who = called(name).replace(" ", "s.")
-            yield _engine(config, who, one.model, one.engine, one.resources, (0, read))
+            context = Shape.of(one.model).context
+            work = Work((one.max_sequence_tokens or context or longest) + 1, 0, read)
+            yield _engine(config, who, one.model, one.engine, one.resources, work)
 
 
-def _longest(config: RunConfig) -> int:
-    return config.data.max_prompt_tokens + config.sampling.max_tokens
+@dataclass(frozen=True)
+class Work:
+    """What an engine does."""
+
+    longest: int
+    """Tokens of the longest sequence that it takes: vLLM wants room for one in its cache."""
+    cached: int
+    """Tokens in the cache of transformers at once."""
+    rows: int
+    """Rows whose states are there at once, in transformers."""
 
 
 def _engine(
@@ -195,28 +209,44 @@ def _engine(
     model: str,
     engine: EngineConfig,
     resources: Resources,
-    work: tuple[int, int],
+    work: Work,
 ) -> Need:
-    """Of an engine; `work` is what transformers does at once: tokens in its cache, and rows whose
-    states there are."""
     shape, size = Shape.of(model), _BYTES[engine.dtype]
     gpu = _gpu(config, resources)
     parts = {"weights": float(size * shape.parameters / engine.gpus)}
     if engine.kind == "transformers" or engine.device.startswith("cpu"):
-        cached, rows = work
-        states = size * rows * (3 * shape.inner + 6 * shape.hidden)
-        parts |= {"cache": float(size * cached * shape.cached), "states": float(states)}
+        states = size * work.rows * (3 * shape.inner + 6 * shape.hidden)
+        parts |= {"cache": float(size * work.cached * shape.cached), "states": float(states)}
         parts |= {"logits": float(CHUNK_BYTES["cuda"]), "CUDA": _CUDA}
         has = gpu and gpu * min(1.0, resources.gpus)
     else:
-        parts["cache of one sequence"] = size * _longest(config) * shape.cached / engine.gpus
+        token = size * shape.cached / engine.gpus
+        given = engine.args.get("max_model_len")
+        longest = given if isinstance(given, int) and given > 0 else work.longest
+        parts |= {"cache of one sequence": token * longest, "vLLM": _VLLM}
         has = gpu and gpu * engine.gpu_share(resources)
+        least = sum(parts.values()) - token * (longest - config.longest)
+        if has is not None and least <= has < sum(parts.values()):
+            return Need(section, parts, has, _shorter(section, engine, longest, config.longest))
     more = (
         f"raise {section}.resources.gpus"
         if resources.gpus < 1
         else f"spread it over more GPUs ({section}.engine.args.tensor_parallel_size)"
     )
     return Need(section, parts, has, f"{more}, or take a smaller model")
+
+
+def _shorter(section: str, engine: EngineConfig, longest: int, enough: int) -> str:
+    """What to change where the cache of a sequence of `longest` tokens is all that is too much."""
+    if "max_model_len" in engine.args:
+        knob = f"{section}.engine.args.max_model_len"
+    else:
+        evaluating = "evaluation.sampling.max_tokens"
+        knob = evaluating if section == "rollout" else f"{section}.max_sequence_tokens"
+    return (
+        f"vLLM wants room for a sequence of {longest} tokens: lower {knob}; those that are trained "
+        f"on have at most {enough}"
+    )
 
 
 def _has(config: RunConfig, trainer: TrainerConfig) -> float | None:
@@ -242,7 +272,7 @@ def _learner_knobs(config: RunConfig, has: float | None) -> str:
     """The first settings with which the learner would fit."""
     if has is None:
         return ""
-    trainer, longest = config.trainer, _longest(config)
+    trainer, longest = config.trainer, config.longest
 
     def needed(**change: Any) -> float:
         changed = trainer.model_copy(update=change)

@@ -183,7 +183,7 @@ def _teachers(config: RunConfig, chosen: Objective[Any]) -> dict[str, TeacherCon
     if not config.teachers:
         raise ConfigError(f"the objective {kind!r} needs a teacher: set teacher.model")
     if chosen.teacher != "none":
-        return config.teachers
+        return {**config.teachers, **config.served}
     if len(config.teachers) > 1:
         raise ConfigError(f"the objective {kind!r} samples from one teacher: leave out the others")
     own = [(one.context, one.weights, one.tokenizer) for one in config.teachers.values()]
@@ -251,7 +251,7 @@ def in_own_process(
 def _refusals(config: RunConfig, teachers: Sequence[TeacherConfig]) -> list[str]:
     problems = []
     checks: tuple[partial[None], ...] = (
-        partial(check_engine, config.rollout, config.student),
+        partial(check_engine, config.rollout, config.student, config.longest_sampled),
         *(partial(check_scorer, one) for one in teachers),
     )
     for refuse in checks:
@@ -316,7 +316,6 @@ def _models(
     """What is wrong, and what is only to be known, of the models; `others` have tokens of their
     own, which need not be the student's."""
     problems, warnings = [], []
-    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
     reads_more = {called(name) for name, one in config.teachers.items() if one.context}
     compared = {called(name): one for name, one in teachers.items() if name not in others}
     for who, teacher in [("student", student), *compared.items()]:
@@ -333,10 +332,12 @@ def _models(
         elif "end_tokens" in differing:
             differing["end_tokens"] += " (allow_different_end_tokens: true trains all the same)"
         # Where it has a context, what does not fit is left out row by row.
+        longest = config.longest_sampled if who == "student" else config.longest
         if teacher.context_length and longest > teacher.context_length and who not in reads_more:
+            where = "evaluation." if longest > config.longest else ""
             differing["context"] = (
-                f"data.max_prompt_tokens + sampling.max_tokens is {longest}, past the {who}'s "
-                f"context of {teacher.context_length}"
+                f"{where}data.max_prompt_tokens + {where}sampling.max_tokens is {longest}, past "
+                f"the {who}'s context of {teacher.context_length}"
             )
         prefix = f"{who}: " if len(teachers) > 1 else ""
         problems += [prefix + sentence for sentence in differing.values()]

@@ -91,9 +91,9 @@ def settings(
     match role.step.name:
         case "rollout" if _teacher_samples(config) and EVAL not in role.lanes:
             (model,) = (one.model for one in config.teachers.values())  # the preflight saw to that
-            return RolloutSettings(config.rollout, model, OwnWeights(model), config.environment)
+            return _rollout(config, model, OwnWeights(model))
         case "rollout":
-            return RolloutSettings(config.rollout, config.student, weights, config.environment)
+            return _rollout(config, config.student, weights)
         case "verifier":
             return config.verifier
         case "teacher":
@@ -107,6 +107,11 @@ def settings(
                 entropy=chosen.teacher_entropy,
             )
     return own_settings(config.own_step(role.step.name), worker_class(role.step))
+
+
+def _rollout(config: RunConfig, model: str, weights: WeightFeed) -> RolloutSettings:
+    longest = config.longest_sampled
+    return RolloutSettings(config.rollout, model, weights, config.environment, longest)
 
 
 def own_settings(own: OwnStep, worker: type[StepWorker[Any, Any, Any]]) -> Config:

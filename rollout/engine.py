@@ -79,8 +79,14 @@ class SamplingError(RuntimeError):
     """The model computed something that cannot be sampled from."""
 
 
-def build_engine(config: RolloutConfig, model_path: str) -> Engine:
+def build_engine(config: RolloutConfig, model_path: str, longest: int | None = None) -> Engine:
     """Loads the student with the configured engine. Takes as long as reading its weights.
+
+    Args:
+        config: its engine and its limits.
+        model_path: the student's directory.
+        longest: tokens of the longest prompt and answer that will be asked for; None: the model's
+            whole context.
 
     Raises:
         services.engines.EngineError: the engine is not available.
@@ -90,7 +96,7 @@ def build_engine(config: RolloutConfig, model_path: str) -> Engine:
     if _choose(config) == "vllm":
         from rollout.vllm_engine import VLLMEngine
 
-        return VLLMEngine(config, model_path)
+        return VLLMEngine(config, model_path, longest)
     from rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(
@@ -101,7 +107,7 @@ def build_engine(config: RolloutConfig, model_path: str) -> Engine:
     )
 
 
-def check_engine(config: RolloutConfig, model_path: str) -> None:
+def check_engine(config: RolloutConfig, model_path: str, longest: int | None = None) -> None:
     """Refuses what `build_engine` would, as far as that can be told without loading anything:
     vLLM's arguments are checked by vLLM, where it is installed.
 
@@ -112,7 +118,7 @@ def check_engine(config: RolloutConfig, model_path: str) -> None:
     if engines.vllm_can_check(config.engine):
         from rollout.vllm_engine import check
 
-        check(config, model_path)
+        check(config, model_path, longest)
     elif config.engine.kind == "transformers":
         _choose(config)
 

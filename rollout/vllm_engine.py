@@ -42,7 +42,7 @@ from rollout.engine import (
 from services import vllm_core
 from services.config import EngineConfig
 from services.errors import BadItem, EngineDied, Unavailable
-from services.models import end_tokens, locate, parameter_shapes, stored_names
+from services.models import PROBE_TOKENS, end_tokens, locate, parameter_shapes, stored_names
 from services.trajectory import Sampling
 from services.weights import Sender, TransferFailed, Weights, check_manifest, check_probe
 
@@ -53,8 +53,10 @@ _LOOK_S = 1.0  # how often a process is looked after whose answer is awaited
 _EXTENSION = f"{vllm_transfer.__name__}.{vllm_transfer.WorkerExtension.__name__}"
 
 
-def engine_args(config: RolloutConfig, model_path: str) -> AsyncEngineArgs:
-    """What vLLM samples with.
+def engine_args(
+    config: RolloutConfig, model_path: str, longest: int | None = None
+) -> AsyncEngineArgs:
+    """What vLLM samples with, prompts and answers of up to `longest` tokens together.
 
     Raises:
         services.engines.EngineError: an argument is unknown, taken or refused by vLLM.
@@ -76,6 +78,8 @@ def engine_args(config: RolloutConfig, model_path: str) -> AsyncEngineArgs:
             **({"enable_chunked_prefill": False} if vllm_core.on_cpu() else {}),
         },
         defaults={
+            # vLLM starts only where its cache has room for one sequence of this length.
+            **({"max_model_len": _model_length(longest)} if longest else {}),
             # vLLM caches the prefixes of recurrent layers only where it prefills in parts.
             **({"enable_prefix_caching": False} if _recurrent_on_cpu(model_path) else {}),
             "worker_extension_cls": _EXTENSION,
@@ -86,6 +90,11 @@ def engine_args(config: RolloutConfig, model_path: str) -> AsyncEngineArgs:
     )
 
 
+def _model_length(longest: int) -> int:
+    """With room for the probe and the one token that vLLM insists on generating behind it."""
+    return max(longest, PROBE_TOKENS + 1)
+
+
 def _recurrent_on_cpu(model_path: str) -> bool:
     if not vllm_core.on_cpu():
         return False
@@ -94,11 +103,11 @@ def _recurrent_on_cpu(model_path: str) -> bool:
     return not kinds <= {"full_attention", "sliding_attention"}
 
 
-def check(config: RolloutConfig, model_path: str) -> None:
+def check(config: RolloutConfig, model_path: str, longest: int | None = None) -> None:
     """See `rollout.engine.check_engine`."""
 
     def make(engine: EngineConfig) -> AsyncEngineArgs:
-        return engine_args(config.model_copy(update={"engine": engine}), model_path)
+        return engine_args(config.model_copy(update={"engine": engine}), model_path, longest)
 
     vllm_core.check(make, config.engine, SECTION)
 
@@ -109,6 +118,7 @@ class VLLMEngine:
     Args:
         config: its engine and its probe tolerance.
         model_path: the student's directory.
+        longest: tokens of the longest prompt and answer; None: the model's whole context.
 
     Raises:
         services.engines.EngineError: vLLM does not start with these arguments.
@@ -117,7 +127,7 @@ class VLLMEngine:
 
     pace = None  # its forwards are those of another process
 
-    def __init__(self, config: RolloutConfig, model_path: str) -> None:
+    def __init__(self, config: RolloutConfig, model_path: str, longest: int | None = None) -> None:
         self._end_tokens = list(end_tokens(model_path))
         self._shapes = parameter_shapes(model_path)
         self._stored_names = stored_names(model_path, self._shapes)
@@ -127,7 +137,7 @@ class VLLMEngine:
             # CUDA's handles of shared memory reach vLLM's processes as pickles, from this one.
             os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         self._in_flight = config.engine.in_flight
-        self._running = vllm_core.start(engine_args(config, model_path), SECTION)
+        self._running = vllm_core.start(engine_args(config, model_path, longest), SECTION)
         self._llm = self._running.llm
         self._turnstile = _Turnstile()
         self._connected = False

@@ -50,12 +50,15 @@ class RolloutSettings:
             replaced by the learner's before anything is sampled.
         weights: where the learner's weights come from.
         environment: who answers the student, if anybody does.
+        longest: tokens of the longest prompt and answer together, all turns included; None: as
+            many as the model can read.
     """
 
     config: RolloutConfig
     model_path: str
     weights: WeightFeed
     environment: EnvironmentConfig = ONE_TURN
+    longest: int | None = None
 
 
 class RolloutWorker(StepWorker[Prompt, RolloutGroup, RolloutSettings]):
@@ -80,9 +83,9 @@ class RolloutWorker(StepWorker[Prompt, RolloutGroup, RolloutSettings]):
         """An engine with the learner's first weights."""
         if self._config.torch_threads is not None:
             torch.set_num_threads(self._config.torch_threads)
-        path = self.settings.model_path
+        path, longest = self.settings.model_path, self.settings.longest
         async with AsyncExitStack() as resources:
-            self._engine = await asyncio.to_thread(build_engine, self._config, path)
+            self._engine = await asyncio.to_thread(build_engine, self._config, path, longest)
             resources.push_async_callback(self._engine.close)
             self._tokenizer = await asyncio.to_thread(load_tokenizer, path)
             environment = self.settings.environment

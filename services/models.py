@@ -213,8 +213,12 @@ def differences(student: Fingerprint, teacher: Fingerprint) -> dict[str, str]:
     return differences
 
 
+PROBE_TOKENS = 64
+"""Of the sequence that weight updates are checked on."""
+
+
 def probe_tokens(
-    vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None, length: int = 64
+    vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None, length: int = PROBE_TOKENS
 ) -> list[int]:
     """A fixed sequence that every weight update is checked on: the engine's log-probs of it must
     equal the learner's. Natural text, where a tokenizer knows its characters: the log-probs of

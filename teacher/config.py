@@ -130,7 +130,8 @@ class TeacherConfig(Config):
     resources: Resources = Resources()
     """What each replica reserves."""
     max_sequence_tokens: int | None = Field(default=None, ge=2)
-    """Longest prompt and completion together; None is the model's context length."""
+    """Longest prompt and completion together; None is the model's context length, and in a run the
+    longest that the run sends, where that is known."""
     max_request_tokens: int = Field(default=1_048_576, ge=2)
     """Tokens of all sequences of one request together."""
     max_body_bytes: int = Field(default=64 << 20, ge=1024)

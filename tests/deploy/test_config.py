@@ -188,6 +188,31 @@ def test_one_teacher_is_the_default_of_several(tmp_path: Path) -> None:
     assert load(again) == short
 
 
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({}, 16 + 8),
+        ({"max_sequence_tokens": 100}, 100),
+        ({"context": "Solve {prompt}"}, None),
+        ({"tokenizer": "own"}, None),
+    ],
+    ids=["what the run sends", "what it says", "a prompt of its own", "tokens of its own"],
+)
+def test_a_teacher_takes_what_the_run_sends(
+    changes: dict[str, Any], longest: int | None, tmp_path: Path
+) -> None:
+    """What is evaluated is not scored; a step of one's own may make answers longer."""
+    heldout = {"data": {"path": "x", "max_prompt_tokens": 10}, "sampling": {"max_tokens": 90}}
+    teacher = {"model": "t", **changes}
+    config = load(written(tmp_path, teacher=teacher, evaluation=heldout))
+    assert config.served["default"].max_sequence_tokens == longest
+    assert config.longest_sampled == 100
+    rewriter = {"name": "rewriter", "after": "verifier", "worker": "a:B"}
+    config = load(written(tmp_path, teacher=teacher, steps=[rewriter]))
+    assert config.served["default"].max_sequence_tokens == changes.get("max_sequence_tokens")
+    assert config.longest_sampled == 16 + 8
+
+
 def test_a_teacher_alone_needs_no_run(tmp_path: Path) -> None:
     file = tmp_path / "teacher.yaml"
     file.write_text("teacher: {model: t}")

@@ -17,6 +17,7 @@ from trainer.config import LoraConfig, TrainerConfig
 SKYWORK_OR1_7B = Qwen2Config(
     vocab_size=152_064, hidden_size=3_584, intermediate_size=18_944, num_hidden_layers=28,
     num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+    max_position_embeddings=131_072,
 )  # fmt: skip
 QWEN3_1_7B = Qwen3Config(
     vocab_size=151_936, hidden_size=2_048, intermediate_size=6_144, num_hidden_layers=28,
@@ -32,6 +33,9 @@ MODELS = {
     "Qwen/Qwen3-1.7B-Base": QWEN3_1_7B,
     "Qwen/Qwen3-8B": QWEN3_8B,
 }
+
+
+SHIPPED = ("one-gpu", "deepseek-r1-distill-1.5b", "qwen3-1.7b", "eight-24gb")
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +74,31 @@ def test_a_shape_is_what_config_json_says(models: dict[str, str]) -> None:
     )  # tied, counted once
 
 
-def test_everything_fits_on_one_gpu_of_80_gb_as_shipped(models: dict[str, str]) -> None:
-    roles = by_role(run(models, "one-gpu"))
+@pytest.mark.parametrize("name", SHIPPED)
+def test_everything_fits_as_shipped(models: dict[str, str], name: str) -> None:
+    roles = by_role(run(models, name))
     assert set(roles) == {"learner", "rollout", "teacher"}
     assert all(need.fits and need.has is not None for need in roles.values())
-    weights, cache = 2 * 7_615_616_512, 6_144 * 2 * 2 * 28 * 4 * 128
-    assert roles["teacher"].parts == {"weights": weights, "cache of one sequence": cache}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_sampler_begins_no_more_than_its_cache_holds(models: dict[str, str], name: str) -> None:
+    """Answers of 3,000 tokens on average, at most as long as the run allows; and it is offered as
+    many as it begins."""
+    config = run(models, name)
+    need, places = by_role(config)["rollout"], config.rollout.engine.args["max_num_seqs"]
+    assert places == config.rollout.capacity * config.sampling.n
+    one = need.parts["cache of one sequence"] / config.longest  # bytes of a token
+    room = (need.has or 0) - sum(need.parts.values()) + one * config.longest
+    assert places * min(3_000, config.sampling.max_tokens / 2) * one < 1.02 * room
+
+
+def test_parts_of_one_gpu_of_80_gb(models: dict[str, str]) -> None:
+    roles = by_role(run(models, "one-gpu"))
+    weights, cache = 2 * 7_615_616_512, 6_145 * 2 * 2 * 28 * 4 * 128
+    assert roles["teacher"].parts == {
+        "weights": weights, "cache of one sequence": cache, "vLLM": 2e9,
+    }  # fmt: skip
     assert roles["teacher"].has == pytest.approx(80e9 * 0.92 * 0.37, rel=1e-2)
 
 
@@ -96,6 +119,50 @@ def test_what_cannot_fit_is_refused_with_the_knob(
     refused = [str(need) for need in by_role(run(models, "one-gpu", *override.split())).values()
                if not need.fits]  # fmt: skip
     assert any(knob in sentence for sentence in refused), refused
+
+
+L4 = ("teacher.max_sequence_tokens=null",)
+
+
+def test_a_teachers_whole_context_does_not_start_on_an_l4(models: dict[str, str]) -> None:
+    """22.1 GB are vLLM's: 15.2 GB of weights and 2 of its own leave room for 84,500 tokens."""
+    own_prompt = ("teacher.context=Solve {prompt}", *L4)
+    need = by_role(run(models, "eight-24gb", *own_prompt))["teacher"]
+    assert need.parts["cache of one sequence"] == 131_073 * 2 * 2 * 28 * 4 * 128
+    assert not need.fits and "lower teacher.max_sequence_tokens" in str(need)
+    told = "teacher.context=Solve {prompt}"
+    assert by_role(run(models, "eight-24gb", told))["teacher"].fits  # 14,336, as it says
+
+
+def test_a_teacher_that_reads_what_the_student_read_gets_the_runs_longest(
+    models: dict[str, str],
+) -> None:
+    need = by_role(run(models, "eight-24gb", *L4))["teacher"]
+    assert need.fits
+    assert need.parts["cache of one sequence"] == (2_048 + 12_288 + 1) * 57_344
+
+
+@pytest.mark.parametrize(
+    ("overrides", "knob"),
+    [
+        (
+            ("rollout.engine.args.max_model_len=700000",),
+            "lower rollout.engine.args.max_model_len",
+        ),
+        (
+            (
+                "evaluation.data={path: x, max_prompt_tokens: 2048}",
+                "evaluation.sampling={max_tokens: 700000}",
+            ),
+            "lower evaluation.sampling.max_tokens",
+        ),
+    ],
+)
+def test_a_sequence_for_which_vllm_has_no_room_is_refused(
+    models: dict[str, str], overrides: tuple[str, ...], knob: str
+) -> None:
+    need = by_role(run(models, "eight-24gb", *overrides))["rollout"]
+    assert not need.fits and knob in str(need)
 
 
 def test_a_gpu_that_nobody_knows_refuses_nothing(models: dict[str, str]) -> None:
@@ -145,7 +212,7 @@ def test_shards_hold_whole_gradients_in_float32_until_they_travel(
 
 def test_the_page_on_sizing_says_the_same(models: dict[str, str]) -> None:
     page = (ROOT / "docs/sizing.md").read_text(encoding="utf-8")
-    for name in ("one-gpu", "deepseek-r1-distill-1.5b", "qwen3-1.7b"):
+    for name in SHIPPED:
         for who, need in by_role(run(models, name)).items():
             needed = sum(need.parts.values()) / 1e9
             row = next(

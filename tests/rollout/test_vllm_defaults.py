@@ -41,6 +41,20 @@ def test_more_memory_than_the_role_reserves_is_refused(student: Path) -> None:
         made(student, resources=Resources(gpus=0.25), engine=engine)
 
 
+@pytest.mark.parametrize(
+    ("longest", "args", "length"),
+    [(14_336, {}, 14_336), (40, {}, 65), (None, {}, None), (40, {"max_model_len": 200}, 200)],
+    ids=["the run's longest", "the probe and a token", "the model's context", "the user's"],
+)
+def test_a_sequence_is_as_long_as_somebody_needs(
+    student: Path, longest: int | None, args: dict[str, int], length: int | None
+) -> None:
+    from rollout.vllm_engine import engine_args  # imports vLLM
+
+    config = RolloutConfig(engine=SamplingEngineConfig(args=args))
+    assert engine_args(config, str(student), longest).max_model_len == length
+
+
 def test_vllm_has_defaults_for_the_usage_that_it_is_told() -> None:
     """For each GPU; for an engine without one it takes 128 sequences a step on all of them."""
     from vllm.engine.arg_utils import AsyncEngineArgs

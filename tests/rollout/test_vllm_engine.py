@@ -480,6 +480,22 @@ async def test_arguments_that_cannot_work_are_refused(
     check_engine(config(), str(directory))
 
 
+async def test_a_sequence_as_long_as_the_runs_longest_fits(directory: Path) -> None:
+    """Its cache need not hold the model's whole context; but the probe, which may be longer."""
+    engine: Any = await asyncio.to_thread(build_engine, config(), str(directory), 48)
+    try:
+        weights = published(vllm_model(0), 0)
+        assert engine._llm.model_config.max_model_len == len(weights.probe_ids) + 1 == 65
+        await engine.load_weights(weights)
+        prompt, longest = PROMPTS[3][:16], Sampling(n=2, max_tokens=32, seed=5)
+        sampled = await engine.sample(prompt, longest)
+        assert_sampled_from(vllm_model(0), prompt, sampled.completions)
+        with pytest.raises(BadItem, match=r"are 66 tokens, more than vLLM's max_model_len \(65\)"):
+            await engine.sample(prompt, replace(longest, max_tokens=50))
+    finally:
+        await engine.close()
+
+
 async def test_an_engine_whose_process_is_killed_says_so(keeping: Any) -> None:
     """The last test: nothing can be sampled after it. It dies with groups in flight and in the
     middle of an update; the worker ends, and its prompts are taken over by another."""
