@@ -91,10 +91,8 @@ class OwnStep(WorkersConfig):
     """The stage whose results it reads."""
     worker: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """`package.module:Class` of a `services.worker.StepWorker`, importable on every node."""
-    capacity: int = Field(default=16, ge=1)
-    """Items that one worker works on at once."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Its own; the worker's `own_settings` says which there are."""
+    """Its own; the worker's `settings_class` says which there are."""
 
 
 class RunConfig(TeachersConfig):
@@ -167,14 +165,11 @@ class RunConfig(TeachersConfig):
             return teacher
         return teacher.model_copy(update={"max_sequence_tokens": self.longest})
 
-    def own_step(self, name: str) -> OwnStep:
-        """The stage of one's own that is called so."""
-        return next(step for step in self.steps if step.name == name)
-
     def section(self, step: Step) -> WorkersConfig:
         """The settings of a stage's workers."""
-        section = getattr(self, step.section or step.name, None)
-        return section if isinstance(section, WorkersConfig) else self.own_step(step.name)
+        own = next((own for own in self.steps if own.name == step.name), None)
+        section: WorkersConfig = own or getattr(self, step.section or step.name)
+        return section
 
     @model_validator(mode="after")
     def _across(self) -> RunConfig:

@@ -62,9 +62,20 @@ class Crew:
         self._workers: list[_Worker] = []
 
     def staff(self, role: Role, settings: Settings) -> None:
-        """Starts the workers of a role, each with `settings`."""
+        """Starts the workers of a role, each with `settings`.
+
+        Raises:
+            TypeError: these are the settings of other workers. Workers are named in text, so that
+                no type checker sees it.
+        """
+        worker = worker_class(role.step)
+        if not isinstance(settings, worker.settings_class):
+            raise TypeError(
+                f"the workers of {role.name} take {worker.settings_class.__name__} and were given "
+                f"{type(settings).__name__}"
+            )
         post = Post(self._connection, role.step, role.capacity, role.lanes)
-        make = functools.partial(_actor, worker_class(role.step), role, post, settings)
+        make = functools.partial(_actor, worker, role, post, settings)
         self._roles[role.name] = _Staff(make)
         for _ in range(role.workers):
             self._hire(role.name)

@@ -20,7 +20,7 @@ from deploy.families import looks
 from deploy.memory import needs
 from deploy.other_tokenizers import differs, retokenizer
 from deploy.other_tokenizers import problems as tokenizer_problems
-from deploy.roles import own_settings, worker_class
+from deploy.roles import own_settings
 from deploy.teachers import identify
 from rollout.config import DataConfig
 from rollout.continuation import Continuation
@@ -94,7 +94,7 @@ def check(config: RunConfig) -> Preflight:
         raise ConfigError(str(error)) from None
     chosen = objective(config.trainer.objective)
     for own in config.steps:
-        own_settings(own, worker_class(config.pipeline[own.name]))
+        own_settings(own, config.pipeline[own.name])
     teachers = _teachers(config, chosen)
     identities = {name: identify(one) for name, one in teachers.items()}
     asked = teachers if chosen.teacher != "none" else {}

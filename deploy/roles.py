@@ -49,10 +49,10 @@ def roles(config: RunConfig, *lanes: str) -> list[Role]:
     ]
     if _teacher_samples(config) and not lanes:
         # It samples what is trained on, and the student is what is evaluated.
-        rollout = made[0]
-        made[0] = replace(rollout, lanes=(TRAIN,))
+        at = next(i for i, role in enumerate(made) if role.name == "rollout")
         if config.evaluation is not None:
-            made.append(replace(rollout, name="evaluation", workers=1, lanes=(EVAL,)))
+            made.append(replace(made[at], name="evaluation", workers=1, lanes=(EVAL,)))
+        made[at] = replace(made[at], lanes=(TRAIN,))
     return made
 
 
@@ -78,7 +78,8 @@ def settings(
     teachers: Mapping[str, Servers],
     translators: Mapping[str, Translator] | None = None,
 ) -> Settings:
-    """What the workers of a role are told.
+    """What the workers of a role are told: their section of the configuration, where a stage needs
+    no more than that.
 
     Args:
         weights: where the student's weights come from.
@@ -94,8 +95,6 @@ def settings(
             return _rollout(config, model, OwnWeights(model))
         case "rollout":
             return _rollout(config, config.student, weights)
-        case "verifier":
-            return config.verifier
         case "teacher":
             chosen = config.trainer.objective
             return TeacherSettings(
@@ -106,7 +105,8 @@ def settings(
                 student_top=chosen.student_top > 0,
                 entropy=chosen.teacher_entropy,
             )
-    return own_settings(config.own_step(role.step.name), worker_class(role.step))
+    section = config.section(role.step)
+    return own_settings(section, role.step) if isinstance(section, OwnStep) else section
 
 
 def _rollout(config: RunConfig, model: str, weights: WeightFeed) -> RolloutSettings:
@@ -114,14 +114,20 @@ def _rollout(config: RunConfig, model: str, weights: WeightFeed) -> RolloutSetti
     return RolloutSettings(config.rollout, model, weights, config.environment, longest)
 
 
-def own_settings(own: OwnStep, worker: type[StepWorker[Any, Any, Any]]) -> Config:
+def own_settings(own: OwnStep, step: Step) -> Config:
     """The settings of a stage of one's own, as its worker declares them.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they are not, or there is no such worker.
     """
+    settings_class = worker_class(step).settings_class
+    if not issubclass(settings_class, Config):
+        raise ConfigError(
+            f"steps: the settings_class of {own.name} is {settings_class.__name__}, which is no "
+            f"services.config.Config"
+        )
     try:
-        return worker.own_settings.model_validate(own.settings)
+        return settings_class.model_validate(own.settings)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()

@@ -66,6 +66,7 @@ class RolloutWorker(StepWorker[Prompt, RolloutGroup, RolloutSettings]):
     time, and with `services.weights.WeightsMismatch` when the engine came out with others."""
 
     takes = Prompt
+    settings_class = RolloutSettings
 
     def __init__(self, post: Post, settings: RolloutSettings) -> None:
         super().__init__(post, settings)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from services.config import Config
 from services.pipeline import Step
@@ -49,8 +49,8 @@ class StepWorker(ABC, Generic[In, Out, SettingsT]):
     """One worker of one stage. Subclasses say in `takes` which record they read."""
 
     takes: ClassVar[type[Record]]
-    own_settings: ClassVar[type[Config]] = Config
-    """Of a stage of one's own: what its `settings` in the configuration may say."""
+    settings_class: ClassVar[type[Any]] = Config
+    """Of `settings`. For a stage of one's own a `Config`, as which the configuration's are read."""
 
     def __init__(self, post: Post, settings: SettingsT) -> None:
         self.post, self.settings = post, settings

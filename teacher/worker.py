@@ -66,6 +66,7 @@ class TeacherWorker(StepWorker[VerifiedGroup, ScoredGroup, TeacherSettings]):
     """Asks each group's teacher."""
 
     takes = VerifiedGroup
+    settings_class = TeacherSettings
 
     def __init__(self, post: Post, settings: TeacherSettings) -> None:
         super().__init__(post, settings)

@@ -25,6 +25,7 @@ class VerifierWorker(StepWorker[RolloutGroup, VerifiedGroup, VerifierConfig]):
     judged and cannot be confined here (`SandboxRefused`)."""
 
     takes = RolloutGroup
+    settings_class = VerifierConfig
 
     def __init__(self, post: Post, settings: VerifierConfig) -> None:
         super().__init__(post, settings)

@@ -15,7 +15,7 @@ class FilterSettings(Config):
 
 class Filter(StepWorker[VerifiedGroup, VerifiedGroup, FilterSettings]):
     takes = VerifiedGroup
-    own_settings = FilterSettings
+    settings_class = FilterSettings
     passed = 0
 
     def details(self) -> dict[str, float]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from deploy.config import ConfigError, load
-from deploy.roles import own_settings, roles, worker_class
+from deploy.roles import own_settings, roles, settings
 from deploy.scale import scale
 from deploy.status import open_streams, read_status, render
+from rollout.own_weights import OwnWeights
 from tests.deploy.conftest import ROOT
 from tests.deploy.filters import FilterSettings
 
@@ -65,8 +66,7 @@ def test_it_has_a_role_like_any_other() -> None:
     config = load(DEMO, [f"steps=[{STEP}]"])
     (role,) = [role for role in roles(config) if role.name == "filter"]
     assert (role.workers, role.step.reads, role.step.writes) == (1, "verified", "filter_out")
-    made = own_settings(config.own_step("filter"), worker_class(role.step))
-    assert made == FilterSettings(every=3)
+    assert settings(config, role, OwnWeights("nowhere"), {}) == FilterSettings(every=3)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,5 @@ def test_it_has_a_role_like_any_other() -> None:
 def test_a_stage_that_cannot_work_is_one_sentence(step: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         config = load(DEMO, [f"steps=[{step}]"])
-        for role in roles(config):
-            if role.name in {own.name for own in config.steps}:
-                own_settings(config.own_step(role.name), worker_class(role.step))
+        for own in config.steps:
+            own_settings(own, config.pipeline[own.name])
