@@ -19,7 +19,7 @@ def parse(wishes: Sequence[str], pipeline: Pipeline = PIPELINE) -> dict[str, int
     Raises:
         ConfigError: no such role, or no number of at least 1.
     """
-    known = [step.name for step in pipeline.steps if step.scales]
+    known = pipeline.names
     wanted = {}
     for wish in wishes:
         role, _, count = wish.partition("=")

@@ -29,7 +29,6 @@ class Step:
     writes: str
     worker: str
     lanes: tuple[str, ...] = (EVAL, TRAIN)
-    scales: bool = True  # whether `scope scale` changes its number of workers
     section: str = ""  # of the configuration, where that is not called like the stage
 
     @property

@@ -1,7 +1,7 @@
 """Redis Streams with an atomic hand-off: exactly one result for every prompt.
 
-    scope:{RUN}:prompts ─▶ :rollouts ─▶ :verified ─▶ :scored ─▶ (trained)
-                     └────────┴────────────┴───────────┴──▶ :dead
+    scope:{RUN}:FIRST ─▶ … ─▶ :LAST ─▶ (trained)          in the order of services.pipeline
+                  └───────┴──────┴──▶ :dead
 
 An item is in exactly one stream from the moment it is fed until it is trained or dead, because
 every move is one Lua script: acknowledge here *and only if that succeeded* add there and delete

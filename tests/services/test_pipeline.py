@@ -12,11 +12,19 @@ from services.pipeline import EVAL, PIPELINE, TRAIN, Pipeline, Step
 FILTER = Step("filter", "", "filter_out", "own:Filter")
 
 
+PAGE = (Path(__file__).parents[2] / "docs/architecture.md").read_text(encoding="utf-8")
+
+
+def test_the_picture_in_the_docs_shows_these_streams_and_stages() -> None:
+    _, streams, stages, *_ = PAGE.partition("```")[2].splitlines()
+    assert streams.split() == [*PIPELINE.streams]
+    assert re.findall(r"\w+", stages) == ["feeder", *PIPELINE.names, "trainer"]
+
+
 def test_the_table_in_the_docs_is_this_table() -> None:
-    page = (Path(__file__).parents[2] / "docs/architecture.md").read_text(encoding="utf-8")
     row = r"^\| `(\w+)` \| `(\w+)` \| `(\w+)` \| ([a-z, ]+) \| `(\w+)/worker.py` \|$"
     lanes = {EVAL: "evaluation", TRAIN: "training"}
-    assert re.findall(row, page, re.M) == [
+    assert re.findall(row, PAGE, re.M) == [
         (
             s.name,
             s.reads,
