@@ -15,6 +15,7 @@ import logging
 import statistics
 import tempfile
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -51,24 +52,26 @@ def deploy(directory: Path) -> dict[str, str]:
 
 async def measure(urls: dict[str, str]) -> dict[str, Any]:
     """Milliseconds of a request, by its size."""
-    clients = {name: TeacherClient(Target(url), timeout_s=60) for name, url in urls.items()}
-    results = {}
-    for label, (length, top) in ASKED.items():
-        ids: TokenIds = np.random.default_rng(0).integers(0, VOCAB, length).astype(np.int32)
-        times: dict[str, list[float]] = {name: [] for name in clients}
-        for number in range(ROUNDS + 1):
-            said = []
-            for name, client in clients.items():
-                started = time.perf_counter()
-                (scores,) = await client.score([(ids[:1], ids[1:])], top)
-                said.append(scores.logprobs)
-                if number:  # the first warms up
-                    times[name].append(time.perf_counter() - started)
-            np.testing.assert_array_equal(said[0], said[1])
-        medians = {n: round(1000 * statistics.median(spent), 1) for n, spent in times.items()}
-        results[label] = medians | {"hop": round(medians["front"] - medians["alone"], 1)}
-    for client in clients.values():
-        await client.aclose()
+    async with AsyncExitStack() as stack:
+        clients = {
+            name: await stack.enter_async_context(TeacherClient(Target(url), timeout_s=60))
+            for name, url in urls.items()
+        }
+        results = {}
+        for label, (length, top) in ASKED.items():
+            ids: TokenIds = np.random.default_rng(0).integers(0, VOCAB, length).astype(np.int32)
+            times: dict[str, list[float]] = {name: [] for name in clients}
+            for number in range(ROUNDS + 1):
+                said = []
+                for name, client in clients.items():
+                    started = time.perf_counter()
+                    (scores,) = await client.score([(ids[:1], ids[1:])], top)
+                    said.append(scores.logprobs)
+                    if number:  # the first warms up
+                        times[name].append(time.perf_counter() - started)
+                np.testing.assert_array_equal(said[0], said[1])
+            medians = {n: round(1000 * statistics.median(spent), 1) for n, spent in times.items()}
+            results[label] = medians | {"hop": round(medians["front"] - medians["alone"], 1)}
     return results
 
 

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -103,24 +104,25 @@ async def throughput(scorer: Scorer, url: str) -> dict[str, Any]:
     """Tokens/s of long sequences, bare and through REST in both forms."""
     asked = pairs(SEQUENCES, LONG, PROMPT)
     ids, starts = [[*p.tolist(), *c.tolist()] for p, c in asked], [PROMPT] * SEQUENCES
-    clients = {
-        form: TeacherClient(Target(url), timeout_s=600, binary=form == "binary")
-        for form in ("binary", "JSON")
-    }
-    results: dict[str, Any] = {}
-    for top in (0, TOP):
-        work: dict[str, Callable[[], Awaitable[object]]] = {
-            "bare": lambda top=top: scorer.score(ids, starts, top)  # type: ignore[misc]
+    async with AsyncExitStack() as stack:
+        clients = {
+            form: await stack.enter_async_context(
+                TeacherClient(Target(url), timeout_s=600, binary=form == "binary")
+            )
+            for form in ("binary", "JSON")
         }
-        for form, client in clients.items():
-            work[form] = lambda client=client, top=top: client.score(asked, top)  # type: ignore[misc]
-        seconds = await alternating(work)
-        rates = {name: round(SEQUENCES * LONG / value) for name, value in seconds.items()}
-        results[f"top {top}"] = rates | {
-            f"{form} / bare": round(rates[form] / rates["bare"], 3) for form in clients
-        }
-    for client in clients.values():
-        await client.aclose()
+        results: dict[str, Any] = {}
+        for top in (0, TOP):
+            work: dict[str, Callable[[], Awaitable[object]]] = {
+                "bare": lambda top=top: scorer.score(ids, starts, top)  # type: ignore[misc]
+            }
+            for form, client in clients.items():
+                work[form] = lambda client=client, top=top: client.score(asked, top)  # type: ignore[misc]
+            seconds = await alternating(work)
+            rates = {name: round(SEQUENCES * LONG / value) for name, value in seconds.items()}
+            results[f"top {top}"] = rates | {
+                f"{form} / bare": round(rates[form] / rates["bare"], 3) for form in clients
+            }
     return results
 
 
@@ -160,28 +162,27 @@ def forms() -> dict[str, Any]:
 
 async def latency(url: str) -> dict[str, Any]:
     """p50 and p99 of requests of one short sequence, and their rate, by how many are in flight."""
-    client = TeacherClient(Target(url), timeout_s=600)
-    asked = pairs(1, SHORT, SHORT // 2)
-    results = {}
-    for concurrency in CONCURRENCY:
-        times: list[float] = []
-        left = iter(range(REQUESTS))
+    async with TeacherClient(Target(url), timeout_s=600) as client:
+        asked = pairs(1, SHORT, SHORT // 2)
+        results = {}
+        for concurrency in CONCURRENCY:
+            times: list[float] = []
+            left = iter(range(REQUESTS))
 
-        async def ask(left: Any = left, times: list[float] = times) -> None:
-            for _ in left:
-                started = time.perf_counter()
-                await client.score(asked)
-                times.append(time.perf_counter() - started)
+            async def ask(left: Any = left, times: list[float] = times) -> None:
+                for _ in left:
+                    started = time.perf_counter()
+                    await client.score(asked)
+                    times.append(time.perf_counter() - started)
 
-        started = time.perf_counter()
-        await asyncio.gather(*(ask() for _ in range(concurrency)))
-        p50, p99 = np.quantile(times, [0.5, 0.99])
-        results[str(concurrency)] = {
-            "p50_ms": round(1000 * p50, 1),
-            "p99_ms": round(1000 * p99, 1),
-            "tokens_per_s": round(REQUESTS * SHORT / (time.perf_counter() - started)),
-        }
-    await client.aclose()
+            started = time.perf_counter()
+            await asyncio.gather(*(ask() for _ in range(concurrency)))
+            p50, p99 = np.quantile(times, [0.5, 0.99])
+            results[str(concurrency)] = {
+                "p50_ms": round(1000 * p50, 1),
+                "p99_ms": round(1000 * p99, 1),
+                "tokens_per_s": round(REQUESTS * SHORT / (time.perf_counter() - started)),
+            }
     return results
 
 

@@ -66,7 +66,7 @@ class Units:
 
 
 @dataclass(frozen=True)
-class Role:
+class RolePlan:
     """One line of a plan: `seconds` of a step that the role works, `busy` of the time."""
 
     name: str
@@ -85,7 +85,7 @@ class Plan:
     trained_tokens_per_s: float
     limit: str
     gpus: float
-    roles: tuple[Role, ...]
+    roles: tuple[RolePlan, ...]
     notes: tuple[str, ...]
 
 
@@ -337,7 +337,7 @@ def _shared(config: RunConfig, rates: Rates, cores: float, notes: list[str]) -> 
 
 
 Line: TypeAlias = tuple[str, int, float, float]
-"""Role, units, GPUs of one and seconds of a step."""
+"""RolePlan, units, GPUs of one and seconds of a step."""
 
 
 def _lines(
@@ -377,7 +377,8 @@ def _plan(
     else:
         limit = slowest
     roles = tuple(
-        Role(name, count, count * each, own_s, own_s / step_s) for name, count, each, own_s in lines
+        RolePlan(name, count, count * each, own_s, own_s / step_s)
+        for name, count, each, own_s in lines
     )
     return Plan(
         step_s=step_s,

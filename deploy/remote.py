@@ -24,6 +24,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from deploy.config import RunConfig, dump
+from services.tasks import beside
 
 _STOP_S = 60  # for a run to stop in order, before Ray kills it
 _IN_HOME = 'given="$PWD" && cd "${SCOPE_HOME:-$PWD}" && exec scope'
@@ -31,6 +32,10 @@ _IN_HOME = 'given="$PWD" && cd "${SCOPE_HOME:-$PWD}" && exec scope'
 _PREAMBLE = re.compile(
     r"^(?:\S+ \S+\s+INFO job_manager\.py:\d+ -- |Running entrypoint for job ).*\n", re.MULTILINE
 )
+
+
+class _Interrupted(Exception):
+    """Ctrl-C. Not KeyboardInterrupt itself: from a task, that ends the loop at once."""
 
 
 class RemoteError(RuntimeError):
@@ -129,18 +134,20 @@ class Remote:
     async def _print_logs(self, job: str) -> None:
         """Until the job ends. Ctrl-C is waited for here, because asyncio's own way, which is to
         cancel, was seen to be lost in what reads from the network."""
-        interrupted = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted.set)
-        printing = asyncio.create_task(self._print(job))
-        asked = asyncio.create_task(interrupted.wait())
-        await asyncio.wait({printing, asked}, return_when=asyncio.FIRST_COMPLETED)
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
-        asked.cancel()
-        if not printing.done():
-            printing.cancel()
-            raise KeyboardInterrupt
-        printing.result()
+        loop, asked = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGINT, asked.set)
+        try:
+            await beside(self._print(job), _interruption(asked))
+        except _Interrupted:
+            raise KeyboardInterrupt from None
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
 
     async def _print(self, job: str) -> None:
         async for lines in self._client.tail_job_logs(job):
             print(_PREAMBLE.sub("", lines), end="", flush=True)
+
+
+async def _interruption(asked: asyncio.Event) -> None:
+    await asked.wait()
+    raise _Interrupted

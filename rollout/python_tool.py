@@ -54,39 +54,41 @@ def run(code):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ToolCall:
     """One call of the tool: a program, or what is wrong with the call."""
 
     code: str = ""
     fault: str = ""
 
 
-def calls(text: str) -> list[Call]:
+def calls(text: str) -> list[ToolCall]:
     """The calls in one turn, in their order; what stands in thinking is none."""
     said = text.rpartition("</think>")[2]
     if tags := _HERMES.findall(said):
         return [_json_call(call) for call in tags]
     if _LLAMA in said:
         behind = said.partition(_LLAMA)[2].strip()
-        return [_json_call(behind) if behind.startswith("{") else Call(behind)]
+        return [_json_call(behind) if behind.startswith("{") else ToolCall(behind)]
     if said.strip().startswith("{") and '"name"' in said:
         return [_json_call(said)]
-    return [Call(code) for code in _FENCE.findall(said)]
+    return [ToolCall(code) for code in _FENCE.findall(said)]
 
 
-def _json_call(text: str) -> Call:
+def _json_call(text: str) -> ToolCall:
     try:
         call = json.loads(text)
     except ValueError as error:
-        return Call(fault=f"the call is not JSON: {error}")
+        return ToolCall(fault=f"the call is not JSON: {error}")
     if not isinstance(call, dict) or call.get("name") != NAME:
-        return Call(fault=f"the only tool is {NAME}")
+        return ToolCall(fault=f"the only tool is {NAME}")
     arguments = call.get("arguments", call.get("parameters"))
     if isinstance(arguments, str):
         with suppress(ValueError):  # JSON in JSON, as some write it
             arguments = json.loads(arguments)
     code = arguments.get("code") if isinstance(arguments, dict) else arguments
-    return Call(code) if isinstance(code, str) else Call(fault='the arguments have no "code"')
+    return (
+        ToolCall(code) if isinstance(code, str) else ToolCall(fault='the arguments have no "code"')
+    )
 
 
 class PythonTool:
@@ -112,7 +114,7 @@ class PythonTool:
             failed=any(failed for _, failed in answers),
         )
 
-    async def _answer(self, call: Call) -> tuple[str, bool]:
+    async def _answer(self, call: ToolCall) -> tuple[str, bool]:
         """What a call prints, and whether it failed."""
         if call.fault:
             return call.fault, True

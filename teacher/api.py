@@ -28,13 +28,13 @@ _INT32_MAX = 2**31 - 1
 TokenId = Annotated[int, Field(strict=True, ge=0, le=_INT32_MAX)]
 
 
-class Request(BaseModel):
+class RequestBody(BaseModel):
     """Base of what clients send: an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class ScoreSequence(Request):
+class ScoreSequence(RequestBody):
     """One sequence. The prompt is never empty: the first token has nothing before it."""
 
     prompt: list[TokenId] = Field(min_length=1)
@@ -44,7 +44,7 @@ class ScoreSequence(Request):
     sequence of a request."""
 
 
-class ScoreRequest(Request):
+class ScoreRequest(RequestBody):
     """What is to be scored. `model` may be left out: the first that is served answers."""
 
     model_config = ConfigDict(

@@ -3,7 +3,6 @@ caller is still there, and shape every error alike."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Coroutine, Iterable
 from http import HTTPStatus
@@ -14,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from services.tasks import beside
 from teacher.admission import RateLimited, Refused
 from teacher.api import ErrorBody, ErrorDetail, ErrorType
 from teacher.scorer import ScoringError
@@ -84,21 +84,13 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, ResultT]) -> R
     Raises:
         ClientDisconnect: it did.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
+    return await beside(work, _until_gone(request))
 
 
-async def _disconnect(request: Request) -> None:
+async def _until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    raise ClientDisconnect
 
 
 # -------------------------------------------------------------------------------- errors

@@ -18,10 +18,11 @@ import asyncio
 import functools
 import ssl
 from collections.abc import Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -80,8 +81,8 @@ class Target:
     ca_file: Path | None = None
 
 
-class Client(Protocol):
-    """One server that scores, in whatever dialect."""
+class Client(AbstractAsyncContextManager["Client", None], Protocol):
+    """One server that scores, in whatever dialect. Its connections are closed with its context."""
 
     @property
     def fingerprint(self) -> str:
@@ -113,13 +114,10 @@ class Client(Protocol):
         """
         ...
 
-    async def aclose(self) -> None:
-        """Closes all connections."""
-        ...
 
-
-class Http:
-    """One server over kept-alive connections: what went wrong is typed, nothing else is done."""
+class Http(AbstractAsyncContextManager["Http", None]):
+    """One server over kept-alive connections, which are closed with its context: what went wrong
+    is typed, nothing else is done."""
 
     def __init__(
         self, target: Target, *, timeout_s: float, item_faults: Collection[int] = (413, 422)
@@ -145,23 +143,20 @@ class Http:
         path: str,
         content: bytes | None = None,
         headers: dict[str, str] | None = None,
-        *,
-        timeout_s: float | None = None,
     ) -> httpx.Response:
         """A successful answer.
 
         Raises:
             Unavailable, BadItem: see the module.
         """
-        timeout_s = min(timeout_s or self._timeout_s, self._timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self._timeout_s):
                 response = await self._http.request(
                     method, self.url + path, content=content, headers=headers
                 )
         except TimeoutError as error:
             raise Unavailable(
-                f"the teacher at {self.url} did not answer within {timeout_s:g} s"
+                f"the teacher at {self.url} did not answer within {self._timeout_s:g} s"
             ) from error
         except httpx.HTTPError as error:
             said = str(error) or type(error).__name__
@@ -170,8 +165,7 @@ class Http:
             raise self._refusal(response, asked=content is not None)
         return response
 
-    async def aclose(self) -> None:
-        """Closes all connections."""
+    async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
 
     def bad_answer(self, path: str, why: object, response: httpx.Response) -> BadAnswer:
@@ -209,7 +203,7 @@ class Http:
         return Unavailable(message)
 
 
-class TeacherClient:
+class TeacherClient(AbstractAsyncContextManager["TeacherClient", None]):
     """A server of this project: `/v1/score`.
 
     Args:
@@ -237,21 +231,20 @@ class TeacherClient:
         """The pinned model; empty while none has answered."""
         return self._fingerprint or ""
 
-    async def aclose(self) -> None:
-        """See `Client`."""
-        await self._http.aclose()
+    async def __aexit__(self, *error: Any) -> None:
+        await self._http.__aexit__(*error)
 
     async def check(self) -> None:
         """See `Client`."""
         await self.info()
 
-    async def info(self, *, timeout_s: float | None = None) -> ModelCard:
+    async def info(self) -> ModelCard:
         """The model that is asked.
 
         Raises:
             Unavailable, BadAnswer: see the module.
         """
-        response = await self._http.ask("GET", "/v1/models", timeout_s=timeout_s)
+        response = await self._http.ask("GET", "/v1/models")
         cards = self._http.read(ModelList, "/v1/models", response).data
         matching = [card for card in cards if self._model in (None, card.id)]
         if not matching:

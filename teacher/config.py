@@ -62,7 +62,7 @@ class Endpoint(Config):
     """The environment variable that holds its API key."""
 
 
-class Message(Config):
+class ContextMessage(Config):
     """A chat message whose text may name keys of the row: `{prompt}`, `{reference}`, or any of its
     `extra_info`."""
 
@@ -76,7 +76,8 @@ def _context(value: object) -> object:
 
 
 Context: TypeAlias = Annotated[
-    Literal["row"] | Annotated[tuple[Message, ...], Field(min_length=1)], BeforeValidator(_context)
+    Literal["row"] | Annotated[tuple[ContextMessage, ...], Field(min_length=1)],
+    BeforeValidator(_context),
 ]
 """A prompt of the teacher's own: a template over each row, or its `extra_info.teacher_prompt`."""
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -73,7 +75,7 @@ class _Models(BaseModel):
     data: list[_Model] = Field(min_length=1)
 
 
-class CompletionsClient:
+class CompletionsClient(AbstractAsyncContextManager["CompletionsClient", None]):
     """See `teacher.client.Client`.
 
     Args:
@@ -93,9 +95,8 @@ class CompletionsClient:
         """The name of the model: its weights are not told."""
         return f"name:{self._model}" if self._model else ""
 
-    async def aclose(self) -> None:
-        """See `Client`."""
-        await self._http.aclose()
+    async def __aexit__(self, *error: Any) -> None:
+        await self._http.__aexit__(*error)
 
     async def check(self) -> None:
         """See `Client`."""

@@ -18,11 +18,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from services.errors import BadItem, Unavailable, WorkerFailed
+from services.tasks import end
 from services.trajectory import LogProbs
 from teacher.api import ModelCard
 from teacher.client import (
@@ -121,8 +122,7 @@ async def ask(servers: Servers, top: int = 0) -> list[ServerAnswer]:
 
 async def _ask_one(target: Target, timeout_s: float, top: int) -> ServerAnswer:
     try:
-        client = await _dialect(target, timeout_s, None, Probe())
-        try:
+        async with await _dialect(target, timeout_s, None, Probe()) as client:
             if isinstance(client, TeacherClient):
                 return ServerAnswer(target.url, card=await client.info())
             assert isinstance(client, CompletionsClient)
@@ -131,8 +131,6 @@ async def _ask_one(target: Target, timeout_s: float, top: int) -> ServerAnswer:
                 refusal = await client.refusal(top) if top else ""
                 return ServerAnswer(target.url, probe=probe, refusal=refusal)
             return ServerAnswer(target.url)
-        finally:
-            await client.aclose()
     except (Unavailable, BadAnswer) as error:
         return ServerAnswer(target.url, failed=error)
 
@@ -141,11 +139,8 @@ async def _dialect(
     target: Target, timeout_s: float, fingerprint: str | None, probe: Probe
 ) -> Client:
     """A client that speaks as the server does: only ours tells fingerprints."""
-    http = Http(target, timeout_s=timeout_s)
-    try:
+    async with Http(target, timeout_s=timeout_s) as http:
         response = await http.ask("GET", "/v1/models")
-    finally:
-        await http.aclose()
     if b'"fingerprint"' in response.content:
         return TeacherClient(target, timeout_s=timeout_s, fingerprint=fingerprint)
     return CompletionsClient(target, timeout_s=timeout_s, probe=probe)
@@ -165,10 +160,11 @@ class _Server:
     care: asyncio.Task[None] | None = None
 
 
-class TeacherPool:
-    """See the module."""
+class TeacherPool(AbstractAsyncContextManager["TeacherPool", None]):
+    """See the module. All connections are closed with its context."""
 
     def __init__(self, servers: Servers) -> None:
+        self._clients = AsyncExitStack()
         self._servers = [_Server(target) for target in servers.targets]
         self._timeout_s = servers.timeout_s
         self._fingerprint = servers.fingerprint
@@ -190,13 +186,9 @@ class TeacherPool:
         """Servers that are not used now."""
         return sum(not server.up for server in self._servers)
 
-    async def aclose(self) -> None:
-        """Closes all connections."""
-        for server in self._servers:
-            if server.care is not None:
-                server.care.cancel()
-            if server.client is not None:
-                await server.client.aclose()
+    async def __aexit__(self, *_: object) -> None:
+        await end(server.care for server in self._servers if server.care is not None)
+        await self._clients.aclose()
 
     async def score(
         self, sequences: Sequence[Pair], top: int = 0, more: More = NO_MORE
@@ -355,9 +347,8 @@ class TeacherPool:
             Unavailable, BadAnswer: it does not answer, or not as it should.
         """
         if server.client is None:
-            server.client = await _dialect(
-                server.target, self._timeout_s, self._fingerprint, self._probe
-            )
+            client = await _dialect(server.target, self._timeout_s, self._fingerprint, self._probe)
+            server.client = await self._clients.enter_async_context(client)
         await server.client.check()
         if isinstance(server.client, TeacherClient):
             fingerprint = server.client.fingerprint

@@ -29,7 +29,7 @@ from teacher.scores import Question, TokenScores
 Places: TypeAlias = npt.NDArray[np.int64]
 
 
-class Refused(ValueError):
+class Untranslatable(ValueError):
     """An answer that the teacher cannot be asked about; the message says why."""
 
 
@@ -65,7 +65,7 @@ class Retokenizer:
         it might have gone on within a token of the teacher's.
 
         Raises:
-            Refused: the answer is not a text of which both have tokens.
+            Untranslatable: the answer is not a text of which both have tokens.
         """
         count, ids = len(trajectory.token_ids), trajectory.token_ids
         cut_off = trajectory.finish == "length"
@@ -80,9 +80,9 @@ class Retokenizer:
             tokens = [*tokens, self._end]
             mine, theirs = np.append(mine, count), np.append(theirs, len(tokens))
         if len(mine) <= cut_off:
-            raise Refused("nothing in it is whole")
+            raise Untranslatable("nothing in it is whole")
         if self._longest and before + len(tokens) > self._longest:
-            raise Refused(f"the teacher reads {self._longest} of its tokens at most")
+            raise Untranslatable(f"the teacher reads {self._longest} of its tokens at most")
         chunks = np.repeat(np.arange(len(mine), dtype=np.int32), np.diff(mine, prepend=0))
         if cut_off:
             chunks[chunks == chunks[-1]] = -1
@@ -92,7 +92,7 @@ class Retokenizer:
         """The text of the student's tokens, and [L] how many characters of it are complete behind
         each; −1 where one is not."""
         if len(ids) and (ids.max() >= len(self._texts) or not self._texts[ids].all()):
-            raise Refused("it has special tokens inside")
+            raise Untranslatable("it has special tokens inside")
         stream, pieces, length = DecodeStream(skip_special_tokens=False), [], 0
         behind = np.full(len(ids), -1, np.int64)
         try:
@@ -103,13 +103,13 @@ class Retokenizer:
                         behind[index] = length = length + len(piece)
                 whole = self._student.decode(ids.tolist(), skip_special_tokens=False)
         except Unencodable as error:
-            raise Refused(f"its tokens are no text: {error}") from error
+            raise Untranslatable(f"its tokens are no text: {error}") from error
         text = "".join(pieces)
         rest = whole[len(text) :]
         if not whole.startswith(text) or rest.strip("\ufffd") or (rest and not cut_off):
-            raise Refused("its tokens are no text")
+            raise Untranslatable("its tokens are no text")
         if "\ufffd" in text:
-            raise Refused("its bytes are no UTF-8")
+            raise Untranslatable("its bytes are no UTF-8")
         return text, behind
 
     def _encoded(self, text: str) -> tuple[list[int], Places]:
@@ -118,13 +118,13 @@ class Retokenizer:
             with encoding():
                 encoded = self._teacher.encode(text, add_special_tokens=False)
         except Unencodable as error:
-            raise Refused(f"the teacher has no tokens for it: {error}") from error
+            raise Untranslatable(f"the teacher has no tokens for it: {error}") from error
         if not set(self._unknown).isdisjoint(encoded.ids):
-            raise Refused("the teacher has no tokens for some of its characters")
+            raise Untranslatable("the teacher has no tokens for some of its characters")
         spans = np.array(encoded.offsets, np.int64).reshape(-1, 2)
         ends, starts = np.append(0, spans[:, 1]), np.append(spans[:, 0], len(text))
         if any(text[ends[i] : starts[i]].strip() for i in np.flatnonzero(ends < starts)):
-            raise Refused("the teacher has no tokens for some of its characters")
+            raise Untranslatable("the teacher has no tokens for some of its characters")
         return encoded.ids, spans
 
 

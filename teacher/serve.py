@@ -35,7 +35,7 @@ from services.weights import WeightFeed
 from teacher.admission import Admission, Overloaded, RateLimit
 from teacher.api import ModelCard
 from teacher.app import Teacher, build_app
-from teacher.auth import KeyRing, require_keys
+from teacher.auth import KeyRing, environment_keys, require_keys
 from teacher.cache import CachedScorer, connect
 from teacher.config import CacheConfig, TeacherConfig, TeachersConfig
 from teacher.front import Answered, Ask, Asked, Away, ask_app, build_front
@@ -185,7 +185,7 @@ def application(settings: dict[str, Any]) -> serve.Application:
         teacher.auth.InsecureAddress: it would listen to other machines without a key.
     """
     config = TeachersConfig.model_validate(settings)
-    ring = KeyRing(key for key in os.environ.get("SCOPE_TEACHER_KEYS", "").split(",") if key)
+    ring = KeyRing(environment_keys(os.environ))
     require_keys(config.scoring.host, ring)
     if not config.served:
         raise ValueError("endpoints are served by others: there is no teacher to serve here")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from services.teacher_need import SCORED, TeacherNeed
 from services.trajectory import Prompt, ScoredGroup, TopTokens, Trajectory, VerifiedGroup
 from services.worker import Post, StepWorker
 from teacher.pool import Servers, TeacherPool
-from teacher.retokenizer import Refused, unsaid
+from teacher.retokenizer import Untranslatable, unsaid
 from teacher.scores import More, Question, TokenScores
 from teacher.wire import version_of
 
@@ -36,7 +36,7 @@ class Translator(Protocol):
         before it.
 
         Raises:
-            Refused: it has no tokens for the answer.
+            Untranslatable: it has no tokens for the answer.
         """
 
 
@@ -82,11 +82,10 @@ class TeacherWorker(StepWorker[VerifiedGroup, ScoredGroup, TeacherSettings]):
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
         """The connections to its teachers."""
-        try:
-            yield
-        finally:
+        async with AsyncExitStack() as pools:
             for pool in self._teachers.values():
-                await pool.aclose()
+                await pools.enter_async_context(pool)
+            yield
 
     def details(self) -> dict[str, float]:
         """What was asked, how long that took, and what went wrong with servers."""
@@ -113,7 +112,7 @@ class TeacherWorker(StepWorker[VerifiedGroup, ScoredGroup, TeacherSettings]):
             if len(trajectories[index].token_ids):
                 try:
                     questions[index] = self._question(group.prompt, trajectories[index])
-                except Refused as error:
+                except Untranslatable as error:
                     scores[index] = unsaid(len(trajectories[index].token_ids))
                     self._refuse(group.prompt, str(error))
         scored_by, version = "", None

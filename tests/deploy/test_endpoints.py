@@ -164,11 +164,10 @@ async def test_one_that_comes_later_is_held_to_the_right_answer(model: Path, ser
     wrong, right = serve(0.2), serve(0.0)
     probe = (await asyncio.to_thread(examine, teacher(model, right))).probe
     late = teacher(model, wrong)
-    pool = TeacherPool(Servers(targets(late, {}), DEADLINE_S, None, None, probe))
-    pair = (np.array([1, 2], np.int32), np.array([3, 4], np.int32))
-    with pytest.raises(WorkerFailed, match=rf"{wrong} is another model: .* 0\.20 nats off"):
-        await pool.score([pair])
-    await pool.aclose()
+    async with TeacherPool(Servers(targets(late, {}), DEADLINE_S, None, None, probe)) as pool:
+        pair = (np.array([1, 2], np.int32), np.array([3, 4], np.int32))
+        with pytest.raises(WorkerFailed, match=rf"{wrong} is another model: .* 0\.20 nats off"):
+            await pool.score([pair])
 
 
 def test_a_server_of_ours_is_asked_where_the_model_is_at_hand(model: Path) -> None:

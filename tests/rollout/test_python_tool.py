@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from rollout.config import PythonToolConfig
 from rollout.environment import EnvironmentFailed, Over, Reply
-from rollout.python_tool import Call, calls, python_tool
+from rollout.python_tool import ToolCall, calls, python_tool
 from services.sandbox.confined import NotStarted, Sandbox
 from services.sandbox.levels import prepare
 
@@ -37,7 +37,7 @@ TWICE = json.dumps({"name": "python", "arguments": json.dumps({"code": CODE})})
     ],
 )
 def test_calls_are_found_in_every_form(text: str, codes: list[str]) -> None:
-    assert calls(text) == [Call(code) for code in codes]
+    assert calls(text) == [ToolCall(code) for code in codes]
 
 
 @pytest.mark.parametrize(

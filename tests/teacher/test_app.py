@@ -100,11 +100,10 @@ async def test_candidates_and_entropy_equal_transformers(
     server: str, reference: Reference, binary: bool
 ) -> None:
     """Of a sequence of three places and one of none, in both forms."""
-    client = TeacherClient(Target(server, KEY), timeout_s=DEADLINE_S, binary=binary)
-    pairs = [(np.array([5, 17]), np.array([3, 60, 2])), (np.array([4]), np.array([], np.int32))]
-    named = np.array([[1, 2], [90, 60], [2, 0]], np.int32)
-    scores, nothing = await client.score(pairs, 0, More(True, [named, named[:0]]))
-    await client.aclose()
+    async with TeacherClient(Target(server, KEY), timeout_s=DEADLINE_S, binary=binary) as client:
+        pairs = [(np.array([5, 17]), np.array([3, 60, 2])), (np.array([4]), np.array([], np.int32))]
+        named = np.array([[1, 2], [90, 60], [2, 0]], np.int32)
+        scores, nothing = await client.score(pairs, 0, More(True, [named, named[:0]]))
     table = reference.table([5, 17, 3, 60, 2])[1:-1]
     expected = table.gather(1, torch.tensor(named).long())
     np.testing.assert_allclose(scores.candidates, expected, atol=1e-4)

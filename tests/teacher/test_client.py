@@ -38,9 +38,8 @@ ASKED = [(ids(1, 2), ids(3, 4)), (ids(1), ids(5)), (ids(1), ids())]
 
 @pytest_asyncio.fixture
 async def client(faulty_url: str) -> AsyncIterator[TeacherClient]:
-    made = TeacherClient(Target(faulty_url, "some-key"), timeout_s=DEADLINE_S)
-    yield made
-    await made.aclose()
+    async with TeacherClient(Target(faulty_url, "some-key"), timeout_s=DEADLINE_S) as made:
+        yield made
 
 
 def _assert_honest(scores: list[TokenScores]) -> None:
@@ -62,10 +61,9 @@ async def test_scores_come_in_order_and_name_their_model(
 
 async def test_it_speaks_with_the_real_application(scorer: FakeScorer) -> None:
     with listening(fake_app(scorer, ["k"])) as url:
-        client = TeacherClient(Target(url + "/", "k"), timeout_s=DEADLINE_S)
-        assert await client.info() == FAKE_CARD
-        _assert_honest(await client.score(ASKED))
-        await client.aclose()
+        async with TeacherClient(Target(url + "/", "k"), timeout_s=DEADLINE_S) as client:
+            assert await client.info() == FAKE_CARD
+            _assert_honest(await client.score(ASKED))
 
 
 async def test_rounding_above_zero_is_taken_as_zero(
@@ -132,10 +130,9 @@ async def test_an_item_that_cannot_be_scored_is_bad(
 
 async def test_silence_ends_at_the_time_out(faulty_url: str, faulty: FaultyTeacher) -> None:
     faulty.fault = "silence"
-    client = TeacherClient(Target(faulty_url), timeout_s=0.2)
-    with pytest.raises(Unavailable, match=r"did not answer within 0\.2 s"):
-        await client.score(ASKED)
-    await client.aclose()
+    async with TeacherClient(Target(faulty_url), timeout_s=0.2) as client:
+        with pytest.raises(Unavailable, match=r"did not answer within 0\.2 s"):
+            await client.score(ASKED)
 
 
 async def test_an_answer_that_breaks_off_is_unavailable(
@@ -160,23 +157,23 @@ async def test_a_connection_that_is_reset_is_unavailable(said: bytes) -> None:
 
     async with await asyncio.start_server(reset, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        client = TeacherClient(Target(f"http://127.0.0.1:{port}"), timeout_s=DEADLINE_S)
-        with pytest.raises(Unavailable, match="cannot be reached"):
-            await client.score(ASKED)
-        await client.aclose()
+        async with TeacherClient(
+            Target(f"http://127.0.0.1:{port}"), timeout_s=DEADLINE_S
+        ) as client:
+            with pytest.raises(Unavailable, match="cannot be reached"):
+                await client.score(ASKED)
 
 
 async def test_nobody_listening_is_unavailable() -> None:
     with socket.socket() as taken:  # bound, not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
-        client = TeacherClient(
+        async with TeacherClient(
             Target(f"http://127.0.0.1:{taken.getsockname()[1]}"), timeout_s=DEADLINE_S
-        )
-        with pytest.raises(Unavailable, match="cannot be reached"):
-            await client.score(ASKED)
-        with pytest.raises(Unavailable, match="cannot be reached"):
-            await client.info()
-        await client.aclose()
+        ) as client:
+            with pytest.raises(Unavailable, match="cannot be reached"):
+                await client.score(ASKED)
+            with pytest.raises(Unavailable, match="cannot be reached"):
+                await client.info()
 
 
 async def test_the_first_model_is_pinned(client: TeacherClient, faulty: FaultyTeacher) -> None:
@@ -187,45 +184,47 @@ async def test_the_first_model_is_pinned(client: TeacherClient, faulty: FaultyTe
 
 
 async def test_an_expected_model_is_the_only_one(faulty_url: str, faulty: FaultyTeacher) -> None:
-    client = TeacherClient(Target(faulty_url), timeout_s=DEADLINE_S, fingerprint="beef")
-    with pytest.raises(BadAnswer, match="fingerprint is f00d, not beef"):
-        await client.score(ASKED)
-    card = FAKE_CARD.model_dump()
-    faulty.fault = {"data": [card]}
-    with pytest.raises(BadAnswer, match="fingerprint is f00d, not beef"):
-        await client.info()
-    await client.aclose()
+    async with TeacherClient(
+        Target(faulty_url), timeout_s=DEADLINE_S, fingerprint="beef"
+    ) as client:
+        with pytest.raises(BadAnswer, match="fingerprint is f00d, not beef"):
+            await client.score(ASKED)
+        card = FAKE_CARD.model_dump()
+        faulty.fault = {"data": [card]}
+        with pytest.raises(BadAnswer, match="fingerprint is f00d, not beef"):
+            await client.info()
 
 
 @pytest.mark.parametrize("binary", [True, False], ids=["safetensors", "JSON"])
 async def test_both_forms_carry_the_same(scorer: FakeScorer, binary: bool) -> None:
     with listening(fake_app(scorer)) as url:
-        client = TeacherClient(Target(url), timeout_s=DEADLINE_S, binary=binary)
-        for top in (0, 3):
-            for score, (_, completion) in zip(await client.score(ASKED, top), ASKED, strict=True):
-                wanted = fake_scores(completion.tolist(), top)
-                np.testing.assert_array_equal(score.logprobs, wanted.logprobs)
-                np.testing.assert_array_equal(score.top_ids, wanted.top_ids)
-                np.testing.assert_array_equal(score.top_logprobs, wanted.top_logprobs)
-        await client.aclose()
+        async with TeacherClient(Target(url), timeout_s=DEADLINE_S, binary=binary) as client:
+            for top in (0, 3):
+                for score, (_, completion) in zip(
+                    await client.score(ASKED, top), ASKED, strict=True
+                ):
+                    wanted = fake_scores(completion.tolist(), top)
+                    np.testing.assert_array_equal(score.logprobs, wanted.logprobs)
+                    np.testing.assert_array_equal(score.top_ids, wanted.top_ids)
+                    np.testing.assert_array_equal(score.top_logprobs, wanted.top_logprobs)
 
 
 async def test_a_model_without_numbers_for_an_item_makes_it_bad(scorer: FakeScorer) -> None:
     scorer.error = ScoringError(1, InvalidLogProbs("log-prob 3 of 9 is nan"))
     with listening(fake_app(scorer)) as url:
-        client = TeacherClient(Target(url), timeout_s=DEADLINE_S)
-        with pytest.raises(NoLogProbs, match=r"answered 500: .* 3 of 9 is nan \(sequences\.1\)"):
-            await client.score(ASKED)
-        await client.aclose()
+        async with TeacherClient(Target(url), timeout_s=DEADLINE_S) as client:
+            with pytest.raises(
+                NoLogProbs, match=r"answered 500: .* 3 of 9 is nan \(sequences\.1\)"
+            ):
+                await client.score(ASKED)
 
 
 async def test_a_busy_teacher_says_when_to_come_again(scorer: FakeScorer) -> None:
     with listening(fake_app(scorer, max_requests=0)) as url:
-        client = TeacherClient(Target(url), timeout_s=DEADLINE_S)
-        with pytest.raises(TeacherBusy, match="answered 503: 0 requests are held") as raised:
-            await client.score(ASKED)
-        assert raised.value.retry_after_s >= 1
-        await client.aclose()
+        async with TeacherClient(Target(url), timeout_s=DEADLINE_S) as client:
+            with pytest.raises(TeacherBusy, match="answered 503: 0 requests are held") as raised:
+                await client.score(ASKED)
+            assert raised.value.retry_after_s >= 1
 
 
 async def test_calls_share_a_connection_that_is_kept(scorer: FakeScorer) -> None:
@@ -237,16 +236,14 @@ async def test_calls_share_a_connection_that_is_kept(scorer: FakeScorer) -> None
         await app(scope, receive, send)
 
     with listening(watched) as url:
-        client = TeacherClient(Target(url), timeout_s=DEADLINE_S)
-        for _ in range(5):
-            await client.score(ASKED)
-        await client.aclose()
+        async with TeacherClient(Target(url), timeout_s=DEADLINE_S) as client:
+            for _ in range(5):
+                await client.score(ASKED)
     assert len(ports) == 1
 
 
 async def test_many_calls_at_once_keep_apart(scorer: FakeScorer) -> None:
     with listening(fake_app(scorer)) as url:
-        client = TeacherClient(Target(url), timeout_s=DEADLINE_S)
-        answers = await asyncio.gather(*(client.score([(ids(1), ids(n))]) for n in range(50)))
-        await client.aclose()
+        async with TeacherClient(Target(url), timeout_s=DEADLINE_S) as client:
+            answers = await asyncio.gather(*(client.score([(ids(1), ids(n))]) for n in range(50)))
     np.testing.assert_allclose([a[0].logprobs[0] for a in answers], -np.arange(50) / 100, rtol=1e-6)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from teacher.config import Endpoint, Message, TeacherConfig, TeachersConfig
+from teacher.config import ContextMessage, Endpoint, TeacherConfig, TeachersConfig
 from tests.waiting import DEADLINE_S
 
 
@@ -120,10 +120,10 @@ def test_a_context_is_text_or_messages_or_that_of_the_row() -> None:
         assert TeacherConfig.model_validate(made.model_dump(mode="json")) == made
         return made.context
 
-    said = Message(content="{prompt} {solution}")
+    said = ContextMessage(content="{prompt} {solution}")
     assert read("{prompt} {solution}") == (said,)
     assert read([{"role": "system", "content": "x"}, {"content": "{prompt} {solution}"}]) == (
-        Message(role="system", content="x"),
+        ContextMessage(role="system", content="x"),
         said,
     )
     assert (read("row"), read(None)) == ("row", None)

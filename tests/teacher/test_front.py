@@ -79,14 +79,15 @@ def score(url: str, **fields: Any) -> httpx.Response:
 async def test_model_chooses_who_answers_in_both_forms(
     url: str, model: str | None, answers: str, binary: bool
 ) -> None:
-    client = TeacherClient(Target(url, "the-key", model), timeout_s=DEADLINE_S, binary=binary)
-    (scores,) = await client.score([PAIR], 2)
-    wanted = fake_scores([3, 40], 2, SCALES[answers])
-    np.testing.assert_allclose(scores.logprobs, wanted.logprobs, rtol=1e-6)
-    np.testing.assert_allclose(scores.top_logprobs, wanted.top_logprobs, rtol=1e-6)
-    assert client.fingerprint == f"of-{answers}"
-    assert (await client.info()).id == answers
-    await client.aclose()
+    async with TeacherClient(
+        Target(url, "the-key", model), timeout_s=DEADLINE_S, binary=binary
+    ) as client:
+        (scores,) = await client.score([PAIR], 2)
+        wanted = fake_scores([3, 40], 2, SCALES[answers])
+        np.testing.assert_allclose(scores.logprobs, wanted.logprobs, rtol=1e-6)
+        np.testing.assert_allclose(scores.top_logprobs, wanted.top_logprobs, rtol=1e-6)
+        assert client.fingerprint == f"of-{answers}"
+        assert (await client.info()).id == answers
 
 
 def test_openais_client_chooses_too_and_sees_both(url: str) -> None:
@@ -150,12 +151,11 @@ async def test_one_model_that_is_away_does_not_take_the_other_along(
     assert httpx.get(f"{url}/ready").status_code == 503
     listed = httpx.get(f"{url}/v1/models", headers=KEY).json()
     assert [card["id"] for card in listed["data"]] == ["math"]
-    client = TeacherClient(Target(url, "the-key", "code"), timeout_s=DEADLINE_S)
-    with pytest.raises(BadAnswer, match="does not serve 'code'"):
-        await client.info()
-    with pytest.raises(Unavailable, match="cannot be asked now"):
-        await client.score([PAIR])
-    await client.aclose()
+    async with TeacherClient(Target(url, "the-key", "code"), timeout_s=DEADLINE_S) as client:
+        with pytest.raises(BadAnswer, match="does not serve 'code'"):
+            await client.info()
+        with pytest.raises(Unavailable, match="cannot be asked now"):
+            await client.score([PAIR])
     models["math"].away = Away("so is its")
     assert httpx.get(f"{url}/v1/models", headers=KEY).status_code == 503
     models["code"].away = Overloaded("as many as may are waiting", 1)

@@ -18,7 +18,7 @@ from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
 from transformers.convert_slow_tokenizer import SpmConverter
 
 from services.trajectory import Finish, TokenIds, Trajectory
-from teacher.retokenizer import Refused, Retokenizer, unsaid
+from teacher.retokenizer import Retokenizer, Untranslatable, unsaid
 from teacher.scores import TokenScores
 
 TEXTS = (
@@ -190,7 +190,7 @@ def test_chunks_cover_the_text_in_order_and_keep_sums(
     mine = {own.token_to_id(t) for t in UNKNOWN} & set(ids)
     try:
         theirs, scores, translated = asked(between(student, teacher), answer([*ids, *end]))
-    except Refused as error:
+    except Untranslatable as error:
         dropped = len("".join(spelled.split())) > sum(
             len("".join(spelled[a:b].split())) for a, b in set(known.offsets)
         )
@@ -280,7 +280,7 @@ def test_where_an_answer_was_cut_off_the_teacher_has_no_say() -> None:
     )
     assert made("byte fallback").decode(theirs.tolist()) == "the 🙂"
     assert translated.chunks is not None and translated.chunks[-1] == -1
-    with pytest.raises(Refused, match="nothing in it is whole"):
+    with pytest.raises(Untranslatable, match="nothing in it is whole"):
         asked(one, answer(spelled("characters", "t"), "length"))
 
 
@@ -297,7 +297,7 @@ def test_where_an_answer_was_cut_off_the_teacher_has_no_say() -> None:
     ],
 )
 def test_what_is_no_text_of_both_is_refused(student: str, ids: list[int], message: str) -> None:
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(Untranslatable, match=message):
         between(student, "WordPiece").asked(answer(ids), 0)
 
 
@@ -312,7 +312,7 @@ def test_more_than_the_teacher_reads_is_refused() -> None:
     own, other = made("byte-level BPE"), made("characters")
     one = Retokenizer(own.to_str(), other.to_str(), [0], 1, longest=12)
     assert len(one.asked(answer(spelled("byte-level BPE", "the cat")), 5).ids) == 7
-    with pytest.raises(Refused, match="reads 12 of its tokens at most"):
+    with pytest.raises(Untranslatable, match="reads 12 of its tokens at most"):
         one.asked(answer(spelled("byte-level BPE", "the cat")), 6)
 
 

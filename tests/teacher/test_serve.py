@@ -79,13 +79,12 @@ async def test_the_deployed_teacher_scores_like_transformers(
     url = deploy_teacher(_config(model_dir), ["the-key"], name="teacher", route_prefix="/t")
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{url}/v1/models").status_code == 401
-    client = TeacherClient(Target(url, "the-key"), timeout_s=DEADLINE_S)
-    card = await client.info()
-    assert card.id == str(model_dir)
-    scores = await client.score(
-        [(np.array(p, np.int32), np.array(c, np.int32)) for p, c in sequences]
-    )
-    await client.aclose()
+    async with TeacherClient(Target(url, "the-key"), timeout_s=DEADLINE_S) as client:
+        card = await client.info()
+        assert card.id == str(model_dir)
+        scores = await client.score(
+            [(np.array(p, np.int32), np.array(c, np.int32)) for p, c in sequences]
+        )
     for (prompt, completion), score in zip(sequences, scores, strict=True):
         np.testing.assert_allclose(score.logprobs, reference.score(prompt, completion), atol=1e-4)
     assert client.fingerprint == card.fingerprint

@@ -77,13 +77,14 @@ async def test_each_model_scores_like_transformers_under_its_own_name(
     pair = ([1, 2, 3], [4, 50, 96])
     said = []
     for directory in models.values():
-        client = TeacherClient(Target(url, "the-key", directory), timeout_s=DEADLINE_S)
-        (scores,) = await client.score([(np.array(pair[0], np.int32), np.array(pair[1], np.int32))])
-        expected = Reference(Path(directory)).score(*pair)
-        np.testing.assert_allclose(scores.logprobs, expected, atol=1e-4)
-        assert (await client.info()).fingerprint == client.fingerprint
-        said.append(client.fingerprint)
-        await client.aclose()
+        async with TeacherClient(Target(url, "the-key", directory), timeout_s=DEADLINE_S) as client:
+            (scores,) = await client.score(
+                [(np.array(pair[0], np.int32), np.array(pair[1], np.int32))]
+            )
+            expected = Reference(Path(directory)).score(*pair)
+            np.testing.assert_allclose(scores.logprobs, expected, atol=1e-4)
+            assert (await client.info()).fingerprint == client.fingerprint
+            said.append(client.fingerprint)
     assert said[0] != said[1]
 
 

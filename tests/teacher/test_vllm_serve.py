@@ -90,22 +90,23 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 async def test_vllm_serve_scores_as_transformers_does(
     served: tuple[str, subprocess.Popen[bytes]], directory: Path
 ) -> None:
-    client = CompletionsClient(Target(served[0], KEY), timeout_s=DEADLINE_S, probe=Probe())
-    await client.check()
-    assert client.fingerprint == "name:the-teacher"
-    reference = Reference(directory)
-    for (prompt, completion), scores in zip(PAIRS, await client.score(PAIRS, 4), strict=True):
-        ids = [*prompt.tolist(), *completion.tolist()]
-        expected = reference.score(prompt.tolist(), completion.tolist())
-        np.testing.assert_allclose(scores.logprobs, expected, atol=1e-4)
-        values, places = reference.table(ids)[len(prompt) - 1 : -1].topk(4)
-        np.testing.assert_array_equal(scores.top_ids, places)
-        np.testing.assert_allclose(scores.top_logprobs, values, atol=1e-4)
-    with pytest.raises(BadItem, match="answered 400"):
-        await client.score([(PAIRS[0][0], np.full(CONTEXT, 3, np.int32))])
-    with pytest.raises(BadItem, match="answered 400"):
-        await client.score([(PAIRS[0][0], np.array([10_000], np.int32))])
-    await client.aclose()
+    async with CompletionsClient(
+        Target(served[0], KEY), timeout_s=DEADLINE_S, probe=Probe()
+    ) as client:
+        await client.check()
+        assert client.fingerprint == "name:the-teacher"
+        reference = Reference(directory)
+        for (prompt, completion), scores in zip(PAIRS, await client.score(PAIRS, 4), strict=True):
+            ids = [*prompt.tolist(), *completion.tolist()]
+            expected = reference.score(prompt.tolist(), completion.tolist())
+            np.testing.assert_allclose(scores.logprobs, expected, atol=1e-4)
+            values, places = reference.table(ids)[len(prompt) - 1 : -1].topk(4)
+            np.testing.assert_array_equal(scores.top_ids, places)
+            np.testing.assert_allclose(scores.top_logprobs, values, atol=1e-4)
+        with pytest.raises(BadItem, match="answered 400"):
+            await client.score([(PAIRS[0][0], np.full(CONTEXT, 3, np.int32))])
+        with pytest.raises(BadItem, match="answered 400"):
+            await client.score([(PAIRS[0][0], np.array([10_000], np.int32))])
 
 
 async def test_with_prefix_caching_scores_do_not_depend_on_the_order_of_requests(
@@ -130,12 +131,11 @@ async def test_with_prefix_caching_scores_do_not_depend_on_the_order_of_requests
         body = {"model": "the-teacher", "prompt": prompt.tolist(), "max_tokens": 1}
         http.post("/v1/completions", json=body).raise_for_status()
     assert hits() >= 64
-    client = CompletionsClient(Target(url, KEY), timeout_s=DEADLINE_S, probe=Probe())
-    await client.check()
-    forth = await client.score(pairs, 2)
-    back = (await client.score(pairs[::-1], 2))[::-1]
-    alone = [(await client.score([pair], 2))[0] for pair in pairs]
-    await client.aclose()
+    async with CompletionsClient(Target(url, KEY), timeout_s=DEADLINE_S, probe=Probe()) as client:
+        await client.check()
+        forth = await client.score(pairs, 2)
+        back = (await client.score(pairs[::-1], 2))[::-1]
+        alone = [(await client.score([pair], 2))[0] for pair in pairs]
     reference = Reference(directory)
     for index, answer in enumerate(answers):
         expected = reference.score(prompt.tolist(), answer.tolist())
@@ -160,22 +160,23 @@ async def test_vllm_serve_killed_under_load_costs_no_request(
     expected = [reference.score(p.tolist(), c.tolist()) for p, c in PAIRS]
     with listening(app) as ours:
         asked = [Target(served[0], KEY), Target(ours)]
-        servers = TeacherPool(Servers(asked, timeout_s=DEADLINE_S, fingerprint=card.fingerprint))
-        stop, answered = asyncio.Event(), 0
+        async with TeacherPool(
+            Servers(asked, timeout_s=DEADLINE_S, fingerprint=card.fingerprint)
+        ) as servers:
+            stop, answered = asyncio.Event(), 0
 
-        async def load() -> None:
-            nonlocal answered
-            while not stop.is_set():
-                for scores, wanted in zip(await servers.score(PAIRS), expected, strict=True):
-                    np.testing.assert_allclose(scores.logprobs, wanted, atol=1e-4)
-                answered += 1
+            async def load() -> None:
+                nonlocal answered
+                while not stop.is_set():
+                    for scores, wanted in zip(await servers.score(PAIRS), expected, strict=True):
+                        np.testing.assert_allclose(scores.logprobs, wanted, atol=1e-4)
+                    answered += 1
 
-        loads = [asyncio.create_task(load()) for _ in range(6)]
-        await until(lambda: servers.down == 0 and answered > 20)
-        os.killpg(served[1].pid, signal.SIGKILL)
-        await until(lambda: servers.down == 1)
-        before = answered
-        await until(lambda: answered > before + 20)
-        stop.set()
-        await asyncio.gather(*loads)
-        await servers.aclose()
+            loads = [asyncio.create_task(load()) for _ in range(6)]
+            await until(lambda: servers.down == 0 and answered > 20)
+            os.killpg(served[1].pid, signal.SIGKILL)
+            await until(lambda: servers.down == 1)
+            before = answered
+            await until(lambda: answered > before + 20)
+            stop.set()
+            await asyncio.gather(*loads)
