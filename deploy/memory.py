@@ -30,6 +30,7 @@ from trainer.student import is_sharded
 _VLLM = 2e9  # CUDA, its graphs, the sampler's logits, activations of the largest step; assumed
 _CUDA = 0.6e9  # context, libraries and their workspace in one process; assumed
 _SUMMED = 4  # FSDP2 adds gradients up in float32 (reduce_dtype), whatever they are computed in
+_PACKING = 2.0 * 2**30  # vLLM's two buffers for tensors on their way by nccl or ipc
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 # GB of the accelerators that Ray tells apart; of several sizes the largest.
 _ACCELERATORS = {
@@ -177,8 +178,9 @@ def needs(config: RunConfig, teachers: Mapping[str, TeacherConfig]) -> Iterator[
     """
     trainer, rollout, longest = config.trainer, config.rollout, config.longest
     if trainer.resources.gpus:
-        parts, has = learner(Shape.of(config.student), trainer, longest), _has(config, trainer)
-        yield Need("learner", parts, has, _learner_knobs(config, has))
+        shape, has = Shape.of(config.student), _has(config, trainer)
+        parts, sending = learner(shape, trainer, longest), _sending(config, shape)
+        yield Need("learner", {**parts, **sending}, has, _learner_knobs(config, has))
     if rollout.resources.gpus:
         work = Work(config.longest_sampled, longest * config.sampling.n, config.sampling.n)
         yield _engine(config, "rollout", config.student, rollout.engine, rollout.resources, work)
@@ -201,6 +203,15 @@ class Work:
     """Tokens in the cache of transformers at once."""
     rows: int
     """Rows whose states are there at once, in transformers."""
+
+
+def _sending(config: RunConfig, shape: Shape) -> Parts:
+    """Versions on the way to engines that take them from the learner's GPU, the newest and the one
+    before, and what vLLM packs their tensors into."""
+    engine = config.rollout.engine
+    if engine.weight_transfer not in ("nccl", "ipc"):
+        return {}
+    return {"weights being sent": 2.0 * _BYTES[engine.dtype] * shape.parameters + _PACKING}
 
 
 def _engine(
@@ -272,11 +283,12 @@ def _learner_knobs(config: RunConfig, has: float | None) -> str:
     """The first settings with which the learner would fit."""
     if has is None:
         return ""
-    trainer, longest = config.trainer, config.longest
+    trainer, longest, shape = config.trainer, config.longest, Shape.of(config.student)
+    sending = sum(_sending(config, shape).values())
 
     def needed(**change: Any) -> float:
         changed = trainer.model_copy(update=change)
-        return sum(learner(Shape.of(config.student), changed, longest).values())
+        return sending + sum(learner(shape, changed, longest).values())
 
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True}
     shorter: dict[str, Any] = {}

@@ -14,6 +14,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import ray
@@ -26,16 +28,29 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from services.ports import free_port
 from services.weight_store import Ask
-from services.weights import Weights
+from services.weights import Weights, views
 
 log = logging.getLogger(__name__)
 
 Backend: TypeAlias = Literal["nccl", "ipc"]
 
+SENDER = "weight-send"  # name of the threads that send, one an ask
 _POLL_S = 2.0  # how long the store holds a request for asks; how soon a close is noticed
 _ANSWER_S = 120.0  # past it the store is taken for hung
 _PAUSE_S = 1.0
 _CALL_TIMEOUT_S = 600.0  # a whole model's broadcast, and the groups that are finished before it
+
+
+_MOST_ON_DEVICE = 2  # versions: the newest, and the one before for engines that read it still
+
+
+@dataclass(eq=False)
+class _Version:
+    """One version that engines are sent."""
+
+    told: Weights  # all but the tensors
+    flat: torch.Tensor  # [bytes] uint8, on the device as a rule
+    senders: int = 0  # threads that read it
 
 
 class Pusher:
@@ -53,16 +68,24 @@ class Pusher:
         self._store = store
         self._device = device
         self._open_end = open_end
-        self._weights: Weights
+        self._versions: list[_Version] = []  # the newest last, and older ones that are being sent
+        self._changing = threading.Lock()
         self._ends: dict[str, Any] = {}  # member -> vLLM's sending engine
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="weight-push", daemon=True)
         self._thread.start()
 
     def offer(self, weights: Weights) -> Weights:
-        """Makes `weights` what is sent from now on; gives what is to be published of them."""
-        self._weights = weights
-        return weights.announcement()
+        """Makes `weights` what is sent from now on; gives what is to be published of them. Returns
+        when they lie on the device. Where two older versions are still being sent, which takes
+        engines that hang, these are left on the host and go up tensor by tensor for each engine."""
+        told, flat = weights.announcement(), weights.flat()
+        with self._changing:
+            self._versions = [one for one in self._versions if one.senders]
+            if len(self._versions) < _MOST_ON_DEVICE:
+                flat = flat.to(self._device)  # waited for: engines read it on streams of their own
+            self._versions.append(_Version(told, flat))
+        return told
 
     def close(self) -> None:
         """Answers nobody any more."""
@@ -77,26 +100,46 @@ class Pusher:
                 self._closed.wait(_PAUSE_S)
                 continue
             if ask is not None:
-                threading.Thread(target=self._send, args=(ask,), daemon=True).start()
+                threading.Thread(target=self._send, args=(ask,), name=SENDER, daemon=True).start()
+
+    @contextmanager
+    def _newest(self) -> Iterator[_Version]:
+        """The newest version, which inside of this stays as it is, whatever is offered."""
+        with self._changing:
+            version = self._versions[-1]
+            version.senders += 1
+        try:
+            yield version
+        finally:
+            with self._changing:
+                version.senders -= 1
+                if not version.senders and version is not self._versions[-1]:
+                    self._versions.remove(version)
 
     def _send(self, ask: Ask) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # of this thread
-        weights = self._weights
-        try:
-            end = self._ends.get(ask.member)
-            if end is None:
-                end = self._ends[ask.member] = WeightTransferTrainerFactory.trainer_init(
-                    self._open_end(ask.world_size),
-                    client=_Client(self._store, ask.member),
-                    source=_Source(self._device),
-                )
-            end.source.weights = end.client.weights = weights
-            end.send_weights()
-        except (GetTimeoutError, RayActorError, RayTaskError, RuntimeError) as error:
-            # The engine gives up too, and its worker is replaced by one that asks anew.
-            log.warning("weights could not be sent to %s: %s", ask.member, error)
-            self._ends.pop(ask.member, None)
+        with self._newest() as version:
+            try:
+                end = self._ends.get(ask.member)
+                if end is None:
+                    end = self._ends[ask.member] = self._connect(ask)
+                end.source.version, end.client.told = version, version.told
+                end.send_weights()
+            except (GetTimeoutError, RayActorError, RayTaskError, RuntimeError) as error:
+                # The engine gives up too, and its worker is replaced by one that asks anew.
+                log.warning("weights could not be sent to %s: %s", ask.member, error)
+                self._ends.pop(ask.member, None)
+            else:
+                end.source.version = None  # whose memory is to be had again
+
+    def _connect(self, ask: Ask) -> Any:
+        """vLLM's sending engine, connected with the processes of the engine that asks."""
+        return WeightTransferTrainerFactory.trainer_init(
+            self._open_end(ask.world_size),
+            client=_Client(self._store, ask.member),
+            source=_Source(self._device),
+        )
 
 
 def end_of(backend: Backend) -> Callable[[int], TrainerInitInfo]:
@@ -115,26 +158,30 @@ def end_of(backend: Backend) -> Callable[[int], TrainerInitInfo]:
 class _Source(WeightSource):
     """One version as vLLM's sending engines read it."""
 
-    weights: Weights
-
     def __init__(self, device: torch.device) -> None:
+        self.version: _Version | None = None
         self._device = device
 
     def metadata(self) -> list[ParamMeta]:
         return [
             ParamMeta(name, getattr(torch, dtype), shape)
-            for name, dtype, shape in self.weights.manifest
+            for name, dtype, shape in self._sent.told.manifest
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self.weights.tensors():
-            yield name, tensor.to(self._device, non_blocking=True)
+        for name, tensor in views(self._sent.told.manifest, self._sent.flat):
+            yield name, tensor.to(self._device, non_blocking=True)  # most are there already
+
+    @property
+    def _sent(self) -> _Version:
+        assert self.version is not None, "nothing is being sent"
+        return self.version
 
 
 class _Client:
     """vLLM's `VLLMWeightSyncClient`: each call is made by one rollout worker, on its AsyncLLM."""
 
-    weights: Weights
+    told: Weights  # of the version that is being sent
 
     def __init__(self, store: Any, member: str) -> None:
         self._store, self._member = store, member
@@ -149,7 +196,7 @@ class _Client:
         self._call("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._call("finish_weight_update", self.weights.announcement())
+        self._call("finish_weight_update", self.told)
 
     def _call(self, method: str, argument: Any) -> None:
         made = self._store.call.remote(self._member, method, argument)

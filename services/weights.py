@@ -44,6 +44,19 @@ def on_the_wire(own: Manifest, dtype: str) -> Manifest:
     )
 
 
+def views(manifest: Manifest, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each parameter in `flat`, the bytes of all of them, wherever that lies."""
+    offset = 0
+    for name, dtype_name, shape in manifest:
+        dtype: torch.dtype = getattr(torch, dtype_name)
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        # Tensors of mixed dtypes may lie off their alignment; a copy puts that right.
+        part = flat[offset : offset + size]
+        part = part if offset % dtype.itemsize == 0 else part.clone()
+        yield name, part.view(dtype).view(shape)
+        offset += size
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """All parameters of one version. `version` counts the gradient steps behind it."""
@@ -102,18 +115,13 @@ class Weights:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and tensor of each parameter: views of the buffer, not to be written to."""
+        return views(self.manifest, self.flat())
+
+    def flat(self) -> torch.Tensor:
+        """[bytes] uint8: the buffer itself, not to be written to."""
         with warnings.catch_warnings():  # Ray's buffers are read-only, and that is what we want
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            flat = torch.from_numpy(self.buffer)
-        offset = 0
-        for name, dtype_name, shape in self.manifest:
-            dtype: torch.dtype = getattr(torch, dtype_name)
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            # Tensors of mixed dtypes may lie off their alignment; a copy puts that right.
-            part = flat[offset : offset + size]
-            part = part if offset % dtype.itemsize == 0 else part.clone()
-            yield name, part.view(dtype).view(shape)
-            offset += size
+            return torch.from_numpy(self.buffer)
 
     def announcement(self) -> Weights:
         """All but the tensors."""

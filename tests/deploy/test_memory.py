@@ -210,6 +210,17 @@ def test_shards_hold_whole_gradients_in_float32_until_they_travel(
     assert learner(shape, TrainerConfig(ranks=4, parallel="ddp"), 4_096)["unsharded"] == 0
 
 
+def test_what_is_sent_from_the_learners_gpu_lies_there(models: dict[str, str]) -> None:
+    """Two versions in the engines' bfloat16, and vLLM's two buffers of 1 GiB."""
+    stored, sent = (
+        by_role(run(models, "one-gpu", f"rollout.engine.weight_transfer={way}"))["learner"]
+        for way in ("store", "ipc")
+    )
+    more = sum(sent.parts.values()) - sum(stored.parts.values())
+    assert more == pytest.approx(2 * 2 * 1_777_088_000 + 2 * 2**30)
+    assert stored.fits and not sent.fits
+
+
 def test_the_page_on_sizing_says_the_same(models: dict[str, str]) -> None:
     page = (ROOT / "docs/sizing.md").read_text(encoding="utf-8")
     for name in SHIPPED:

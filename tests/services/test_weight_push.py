@@ -4,7 +4,8 @@ tensors' own way. vLLM's sending engines are the real ones."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.waiting import DEADLINE_S
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm")]
 
 CPU = torch.device("cpu")
+ELSEWHERE = torch.device("meta")  # whatever goes there is a copy, as on a GPU
 
 
 def version(number: int) -> Weights:
@@ -32,11 +34,11 @@ def store(ray_cluster: None) -> Iterator[Any]:
     ray.kill(actor)
 
 
-@pytest.fixture
-def pusher(store: Any) -> Iterator[Any]:
+@pytest.fixture(params=[CPU])
+def pusher(store: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     from services.weight_push import Pusher, end_of
 
-    made = Pusher(store, CPU, end_of("nccl"))
+    made = Pusher(store, request.param, end_of("nccl"))
     yield made
     ray.kill(store)  # which also ends a send that nobody answers
     made.close()
@@ -111,6 +113,69 @@ async def test_an_engine_that_went_away_holds_up_no_other(
         assert call.method == "init_weight_transfer_engine"
         break
     assert (await received(StoreFeed(store), world_size=1))[-1].method == "finish_weight_update"
+
+
+async def begun(store: Any) -> tuple[AsyncIterator[Call], Any]:
+    """An engine that was sent the announcement of a version, and answers nothing."""
+    announced = await StoreFeed(store).next(DEADLINE_S)
+    assert announced is not None and announced.sender is not None
+    calls = announced.sender.calls(1)
+    assert (await anext(calls)).method == "init_weight_transfer_engine"
+    assert (await anext(calls)).method == "start_weight_update"
+    return calls, announced.version
+
+
+def copies(sent: dict[str, torch.Tensor]) -> set[int]:
+    """The pieces of memory in which the tensors of one engine lie."""
+    return {tensor.untyped_storage()._cdata for tensor in sent.values()}
+
+
+@pytest.mark.parametrize("pusher", [ELSEWHERE], indirect=True)
+async def test_a_version_goes_to_the_device_once_for_all_engines(
+    store: Any, pusher: Any, broadcasts: Any
+) -> None:
+    await store.publish.remote(pusher.offer(version(1)))
+    for _ in range(2):
+        await received(StoreFeed(store), world_size=1)
+    _, first, _, second = broadcasts
+    assert first["a"].device == second["a"].device == ELSEWHERE
+    assert len(copies(first)) == 1 and copies(first) == copies(second)
+
+
+async def test_what_is_being_sent_stays_as_it_is(store: Any, pusher: Any, broadcasts: Any) -> None:
+    await store.publish.remote(pusher.offer(version(1)))
+    slow, _ = await begun(store)
+    await store.publish.remote(pusher.offer(version(2)))
+    assert (await received(StoreFeed(store), world_size=1))[-1].argument.version == 2
+    await store.publish.remote(pusher.offer(version(3)))
+    assert [call async for call in slow][-1].argument.version == 1
+    sent = [one["a"][0, 0].item() for one in broadcasts if isinstance(one, dict)]
+    assert sent == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("pusher", [ELSEWHERE], indirect=True)
+async def test_two_versions_at_most_lie_on_the_device(
+    store: Any, pusher: Any, broadcasts: Any
+) -> None:
+    """A third, while two are being sent to engines that hang, goes there tensor by tensor."""
+    from services.weight_push import SENDER
+
+    hanging = []
+    for number in (1, 2):
+        await store.publish.remote(pusher.offer(version(number)))
+        hanging.append(await begun(store))
+    assert [number for _, number in hanging] == [1, 2]
+    await store.publish.remote(pusher.offer(version(3)))
+    assert (await received(StoreFeed(store), world_size=1))[-1].argument.version == 3
+    assert len(copies(broadcasts[-1])) == len(broadcasts[-1])
+    for calls, _ in hanging:
+        assert [call async for call in calls][-1].method == "finish_weight_update"
+    for sender in threading.enumerate():
+        if sender.name == SENDER:
+            sender.join(DEADLINE_S)
+    await store.publish.remote(pusher.offer(version(4)))
+    await received(StoreFeed(store), world_size=1)
+    assert len(copies(broadcasts[-1])) == 1
 
 
 def test_ipc_tells_vllm_that_handles_are_of_packed_buffers() -> None:
