@@ -7,6 +7,7 @@ it again.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,13 @@ from rollout import transformers_engine
 from services import layouts, packed
 from services.config import EngineConfig, Resources
 from services.engines import EngineError, choose
-from services.models import ModelError, locate, parameter_shapes, stored_names
+from services.models import (
+    ModelError,
+    locate,
+    parameter_shapes,
+    steady_tokens,
+    stored_names,
+)
 from services.shrink import shrunken, small_model
 from teacher.config import TeacherConfig
 from trainer.config import TrainerConfig
@@ -46,7 +53,10 @@ def looks(config: RunConfig, teachers: Mapping[str, TeacherConfig]) -> list[Look
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the small models: the large ones say it again
-            return [_student(config), *(_teacher(who, one) for who, one in served.items())]
+            return [
+                _student(config),
+                *(_teacher(who, one, config.longest) for who, one in served.items()),
+            ]
     finally:
         torch.set_num_threads(threads)
 
@@ -54,14 +64,19 @@ def looks(config: RunConfig, teachers: Mapping[str, TeacherConfig]) -> list[Look
 def _student(config: RunConfig) -> Look:
     trainer, who = config.trainer, "student"
     try:
-        whole = _config(config.student)
+        whole, kind = (
+            _config(config.student),
+            _kind(config.rollout.engine, config.rollout.resources),
+        )
+        layouts.check_length(whole, config.longest)
+        if kind == "vllm":
+            _check_vllm(whole, config.rollout.engine)
         model = _small(whole)
         if model is None:
             return Look(who, _untried(whole))
         stored_names(config.student, parameter_shapes(config.student))
         learner = Student(model, trainer.model_copy(update={"offload": False}), _CPU)
         said = [_family(whole), *_layout(learner.model, trainer.resources, _in_16_bits(trainer))]
-        kind = _kind(config.rollout.engine, config.rollout.resources)
         if kind == "transformers":
             sampler = transformers_engine.prepare(small_model(shrunken(whole)))
             kind += f" ({transformers_engine.way(sampler).method})"
@@ -71,11 +86,26 @@ def _student(config: RunConfig) -> Look:
     return Look(who, "; ".join(said))
 
 
-def _teacher(who: str, teacher: TeacherConfig) -> Look:
+def _check_vllm(student: PretrainedConfig, engine: EngineConfig) -> None:
+    """vLLM rotates all lengths as its longest (`longrope`); the learner, as short ones.
+
+    Raises:
+        ValueError: these may not be the same.
+    """
+    steady = steady_tokens(vars(student.get_text_config()))
+    if steady is not None and int(engine.args.get("max_model_len") or sys.maxsize) > steady:
+        raise ValueError(
+            f"{student.model_type}: set rollout.engine.args.max_model_len to {steady} or less: "
+            "vLLM could rotate short sequences as long ones (rope_parameters in its config.json)"
+        )
+
+
+def _teacher(who: str, teacher: TeacherConfig, longest: int) -> Look:
     try:
         whole = _config(teacher.model)
         if _kind(teacher.engine, teacher.resources) == "vllm":
             return Look(who, f"{whole.model_type}; scored by vLLM")
+        layouts.check_length(whole, longest)
         model = _small(whole)
         if model is None:
             return Look(who, _untried(whole))

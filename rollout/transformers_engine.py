@@ -41,7 +41,7 @@ from rollout.prepacked import prepack
 from rollout.rows import Request, Rows
 from services import layouts
 from services.batching import Batcher
-from services.errors import Unavailable
+from services.errors import BadItem, Unavailable
 from services.trajectory import Sampling
 from services.weights import Weights, check_probe, copy_weights
 
@@ -90,6 +90,10 @@ class TransformersEngine:
         """See `rollout.engine.Engine`."""
         vocab_size = self._model.config.get_text_config().vocab_size
         check_request(prompt_ids, sampling, vocab_size=vocab_size)
+        try:
+            layouts.check_length(self._model.config, len(prompt_ids) + sampling.max_tokens)
+        except ValueError as error:
+            raise BadItem(str(error)) from None
         return await self._batcher.submit(Request(prompt_ids, sampling))
 
     async def load_weights(self, weights: Weights) -> None:
@@ -245,7 +249,10 @@ def sample_groups(
 
     Raises:
         SamplingError: the model computed logits that are not finite.
+        ValueError: see `layouts.check_length`.
     """
+    for request in requests:
+        layouts.check_length(model.config, len(request.prompt_ids) + request.sampling.max_tokens)
     chosen = way(model)
     layouts.set_attention(model, chosen.attention)
     if chosen.method == "padded prompts":

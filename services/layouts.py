@@ -20,9 +20,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from services.fused import plainly
+from services.models import steady_tokens
 
 Layout: TypeAlias = Literal["packed", "rows"]
 Source: TypeAlias = Literal["backbone", "output"]
@@ -201,6 +202,21 @@ def _shares(model: PreTrainedModel, packed: Proven, run: Run) -> bool:
     except FAILURES as error:
         _log.info("%s shares no prefixes: %s", model.config.model_type, error)
         return False
+
+
+def check_length(config: PretrainedConfig, tokens: int) -> None:
+    """Refuses sequences of which nothing right could be said.
+
+    Raises:
+        ValueError: they have more than `steady_tokens`.
+    """
+    steady = steady_tokens(vars(config.get_text_config()))
+    if steady is not None and tokens > steady:
+        raise ValueError(
+            f"{config.model_type}: {tokens} tokens are more than {steady}, where its rotary "
+            "embedding changes for the whole sequence (rope_parameters in its config.json; of "
+            "longrope, long_factor written as short_factor too gives all lengths the same)"
+        )
 
 
 def holds_no_values(model: PreTrainedModel) -> bool:

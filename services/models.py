@@ -7,7 +7,7 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -169,8 +169,7 @@ def end_tokens(path: str) -> tuple[int, ...]:
 def fingerprint(path: str) -> Fingerprint:
     """Identifies a model directory without loading its weights."""
     directory = locate(path)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config") or config
+    config = text_config(path)
     tokenizer = load_tokenizer(path)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     return Fingerprint(
@@ -182,6 +181,34 @@ def fingerprint(path: str) -> Fingerprint:
         end_tokens=end_tokens(path),
         chat_template=_hash(str(tokenizer.chat_template).encode()),
     )
+
+
+def text_config(path: str) -> dict[str, Any]:
+    """What config.json says; of a multimodal model, of the text model inside."""
+    config = json.loads((locate(path) / "config.json").read_text(encoding="utf-8"))
+    text: dict[str, Any] = config.get("text_config") or config
+    return text
+
+
+def steady_tokens(config: Mapping[str, Any]) -> int | None:
+    """Up to how many tokens transformers rotates a model's keys and queries in one way, whatever
+    the sequence's length is; None where it always does. `config`: as in `text_config`.
+
+    The frequencies of `longrope` and `dynamic` follow from the longest sequence of a forward, for
+    all of its tokens. So one long answer would change short ones beside it, and keys in a cache
+    would keep the rotation that they had. Even alone, a token's log-prob would depend on how long
+    the answer gets: what was sampled could never be scored.
+    """
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    original, limits = "original_max_position_embeddings", []
+    by_layer_type = [value for value in given.values() if isinstance(value, dict)]
+    for rope in by_layer_type or [given]:
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind in ("longrope", "su") and rope["short_factor"] != rope["long_factor"]:
+            limits.append(int(config.get(original) or rope[original]))
+        elif "dynamic" in kind:
+            limits.append(int(config["max_position_embeddings"]))
+    return min(limits, default=None)
 
 
 def differences(student: Fingerprint, teacher: Fingerprint) -> dict[str, str]:

@@ -181,6 +181,7 @@ def hidden_states(model: PreTrainedModel, pack: Pack) -> Tensor:
 
 def _all_hidden(model: PreTrainedModel, pack: Pack, proven: layouts.Proven) -> Tensor:
     """[T, H] final hidden states of the whole pack."""
+    layouts.check_length(model.config, pack.max_seqlen)
     packs = proven.layout == "packed"
     layouts.set_attention(model, ATTENTION if packs else layouts.own_attention(model))
     if packs:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from services import engines
 from services.engines import EngineError
-from services.models import fingerprint
+from services.models import fingerprint, steady_tokens, text_config
 from teacher.api import Limits, ModelCard, Tokens
 from teacher.config import TeacherConfig
 from teacher.scores import NO_MORE, InvalidLogProbs, More, TokenScores
@@ -128,6 +128,23 @@ def check_scorer(config: TeacherConfig) -> None:
         engines.choose(config.engine, "teacher.engine", config.resources)
 
 
+def _steady(config: TeacherConfig, limit: int) -> int:
+    """The limit, or where transformers changes its mind about shorter sequences; vLLM never does.
+
+    Raises:
+        services.engines.EngineError: the config asks for more.
+    """
+    steady = None if config.engine.kind == "vllm" else steady_tokens(text_config(config.model))
+    if steady is None or limit <= steady:
+        return limit
+    if config.max_sequence_tokens:
+        raise EngineError(
+            f"teacher.max_sequence_tokens is {limit}: past {steady} tokens the rotary embedding of "
+            f"{config.model} changes for the whole sequence (rope_parameters in its config.json)"
+        )
+    return steady
+
+
 def model_card(config: TeacherConfig) -> ModelCard:
     """What the server tells about its model, read from the model's directory.
 
@@ -146,6 +163,7 @@ def model_card(config: TeacherConfig) -> ModelCard:
             f"teacher.max_sequence_tokens is {limit}, past the context of {config.model} "
             f"({identity.context_length} tokens)"
         )
+    limit = _steady(config, limit)
     return ModelCard(
         id=config.model,
         fingerprint=identity.model,

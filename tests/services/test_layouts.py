@@ -169,6 +169,54 @@ def test_the_slope_of_the_logit_map_is_its_derivative() -> None:
     torch.testing.assert_close(mapping.slope(logits.detach()), expected)
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+            "rope_theta": 1e4}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
+def rotating(family: str, rope: dict[str, Any], context: int = 128) -> PreTrainedModel:
+    torch.manual_seed(7)
+    settings = {**SIZES, "rope_parameters": dict(rope), "max_position_embeddings": context}
+    if family == "phi3":
+        settings["original_max_position_embeddings"] = 24
+    factory: Any = AutoModelForCausalLM
+    made: PreTrainedModel = factory.from_config(CONFIG_MAPPING[family](**settings))
+    return made.eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "context"), [("phi3", LONGROPE, 128), ("qwen3", DYNAMIC, 24)]
+)
+def test_lengths_that_would_turn_a_rotary_embedding_are_refused(
+    family: str, rope: dict[str, Any], context: int
+) -> None:
+    plain, model = rotating(family, rope, context), rotating(family, rope, context)
+    ids = [2 + i * i % 20 for i in range(25)]
+    (got,) = packed.score(packed.prepare(model), [ids[:24]], [1])
+    np.testing.assert_allclose(got, full_logprobs(plain, ids[:24], 1.0), atol=2e-4)
+    # What is to be kept from happening: the first tokens of a longer sequence are another's.
+    assert np.abs(np.array(full_logprobs(plain, 2 * ids, 1.0))[:23] - got).max() > 1e-3
+    said = f"{family}: 25 tokens are more than 24, where its rotary embedding changes"
+    with pytest.raises(ValueError, match=said):
+        packed.score(model, [ids[:5], ids], [1, 1])
+    sampler = transformers_engine.prepare(rotating(family, rope, context))
+    sampling = Sampling(n=2, max_tokens=20, seed=0)
+    with pytest.raises(ValueError, match=said):
+        transformers_engine.sample_groups(sampler, [Request(ids[:5], sampling)], [-1])
+    fresh = rotating(family, rope, context)
+    for drawn in transformers_engine.sample_groups(sampler, [Request(ids[:4], sampling)], [-1])[0]:
+        expected = full_logprobs(fresh, [*ids[:4], *drawn.token_ids.tolist()], 1.0)[3:]
+        np.testing.assert_allclose(drawn.logprobs, expected, atol=2e-4)
+
+
+def test_a_longrope_with_one_factor_takes_all_lengths() -> None:
+    rope = {**LONGROPE, "short_factor": LONGROPE["long_factor"]}
+    sequences = [[2 + i * i % 20 for i in range(n)] for n in (40, 7)]
+    got = packed.score(packed.prepare(rotating("phi3", rope)), sequences, [1, 1])
+    for ids, mine in zip(sequences, got, strict=True):
+        np.testing.assert_allclose(mine, full_logprobs(rotating("phi3", rope), ids, 1.0), atol=2e-4)
+
+
 class _Peeks(torch.nn.Module):
     """An output matrix that is given what it was not given in any one sequence alone."""
 

@@ -57,6 +57,23 @@ def test_a_smaller_limit_is_kept_and_one_past_the_context_refused(model_dir: Pat
         model_card(_config(model_dir, max_sequence_tokens=CONTEXT + 1))
 
 
+def test_lengths_that_would_turn_a_rotary_embedding_are_refused(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    turning = tmp_path / "turning"
+    shutil.copytree(model_dir, turning)
+    config = json.loads((turning / "config.json").read_text())
+    rope = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    config["rope_parameters"] = rope | {"original_max_position_embeddings": 11}
+    (turning / "config.json").write_text(json.dumps(config))
+    card = model_card(_config(turning))
+    assert (card.limits.max_sequence_tokens, card.context_length) == (11, CONTEXT)
+    with pytest.raises(EngineError, match=r"past 11 tokens the rotary embedding of .* changes"):
+        model_card(_config(turning, max_sequence_tokens=12))
+    of_vllm = model_card(_config(turning, engine={"kind": "vllm"}))
+    assert of_vllm.limits.max_sequence_tokens == CONTEXT
+
+
 def test_a_model_without_a_context_length_needs_a_limit(model_dir: Path, tmp_path: Path) -> None:
     endless = tmp_path / "endless"
     shutil.copytree(model_dir, endless)
