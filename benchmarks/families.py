@@ -22,11 +22,9 @@ from dataclasses import astuple, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -40,11 +38,10 @@ from services import layouts, packed
 from services.engines import EngineError
 from services.errors import EngineDied
 from services.models import probe_tokens
-from services.shrink import shrunken, small_model
+from services.shrink import FAILURES, SPECIAL, needed_by, shrunken, small_model
 from services.trajectory import Sampling
 from services.weights import Weights, WeightsMismatch
 
-FAILURES = (*layouts.FAILURES, ImportError, OSError, StrictDataclassError)
 MARK = "<!-- made by python -m benchmarks.families --write docs/models.md -->"
 NATS = 5e-4  # what a log-prob may be off
 SEQUENCES = [[2 + i * i % 50 for i in range(n)] for n in (19, 3, 11, 12, 40)]
@@ -54,38 +51,6 @@ _WIDE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "moe_inte
 # What published configs say, vLLM reads, and transformers' own do not hold.
 _PUBLISHED = {"lfm2": {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128}}
 PROMPTS = [[2], [5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]
-
-# What `services.shrink` cannot know, each for its own reason.
-_HYBRID = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
-_ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
-SPECIAL: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1], "mamba_d_head": 16},
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "gemma3n_text": {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-        "intermediate_size": [48] * 4,
-        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
-    },
-    "granitemoehybrid": {
-        "layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2
-    },
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2": _HYBRID,
-    "lfm2_moe": {**_HYBRID, "num_dense_layers": 1},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
-    "ministral": {"head_dim": 8},
-    "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp_text": {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
-    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {**_ZAMBA, "attention_hidden_size": 64, "attention_head_dim": 16},
-    "zamba2": {**_ZAMBA, "n_mamba_heads": 4, "num_key_value_heads": 4},
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +87,8 @@ def tiny_config(family: str) -> PretrainedConfig:
     Raises:
         FAILURES: the family's config does not take them.
     """
-    return shrunken(CONFIG_MAPPING[family](), SPECIAL.get(family))
+    config = CONFIG_MAPPING[family]()
+    return shrunken(config, needed_by(config))
 
 
 def tiny(family: str) -> PreTrainedModel:
@@ -229,8 +195,8 @@ async def examine_vllm(family: str) -> str:
     """What an engine of vLLM's, under new weights, makes of the family: "right", or what is not."""
     factory = CONFIG_MAPPING[family]
     wide = {name: size for name, size in _WIDE.items() if hasattr(factory(), name)}
-    special = SPECIAL.get(family, {}) | wide | _PUBLISHED.get(family, {}) | {"text_config": _WIDE}
-    model = small_model(shrunken(factory(), special))
+    needed = SPECIAL.get(family, {}) | wide | _PUBLISHED.get(family, {}) | {"text_config": _WIDE}
+    model = small_model(shrunken(factory(), needed))
     with TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         settings = {"kind": "vllm", "args": {"kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 16}}

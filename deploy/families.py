@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -28,7 +27,7 @@ from services.models import (
     steady_tokens,
     stored_names,
 )
-from services.shrink import shrunken, small_model
+from services.shrink import FAILURES, small_of
 from teacher.config import TeacherConfig
 from trainer.config import TrainerConfig
 from trainer.student import Student
@@ -71,14 +70,15 @@ def _student(config: RunConfig) -> Look:
         layouts.check_length(whole, config.longest)
         if kind == "vllm":
             _check_vllm(whole, config.rollout.engine)
-        model = _small(whole)
-        if model is None:
-            return Look(who, _untried(whole))
+        try:
+            model = small_of(whole)
+        except FAILURES as error:
+            return Look(who, _untried(whole, error))
         stored_names(config.student, parameter_shapes(config.student))
         learner = Student(model, trainer.model_copy(update={"offload": False}), _CPU)
         said = [_family(whole), *_layout(learner.model, trainer.resources, _in_16_bits(trainer))]
         if kind == "transformers":
-            sampler = transformers_engine.prepare(small_model(shrunken(whole)))
+            sampler = transformers_engine.prepare(small_of(whole))
             kind += f" ({transformers_engine.way(sampler).method})"
         said.append(f"sampled from by {kind}")
     except (ValueError, ModelError) as error:
@@ -106,9 +106,10 @@ def _teacher(who: str, teacher: TeacherConfig, longest: int) -> Look:
         if _kind(teacher.engine, teacher.resources) == "vllm":
             return Look(who, f"{whole.model_type}; scored by vLLM")
         layouts.check_length(whole, longest)
-        model = _small(whole)
-        if model is None:
-            return Look(who, _untried(whole))
+        try:
+            model = small_of(whole)
+        except FAILURES as error:
+            return Look(who, _untried(whole, error))
         half = teacher.engine.dtype != "float32" and teacher.resources.gpus > 0
         said = [_family(whole), *_layout(packed.prepare(model), teacher.resources, half)]
     except (ValueError, ModelError) as error:
@@ -121,19 +122,10 @@ def _config(model: str) -> PretrainedConfig:
     return config
 
 
-def _small(config: PretrainedConfig) -> PreTrainedModel | None:
-    """None where no model of the config's kind can be made small and run as it is."""
-    try:
-        model: Any = small_model(shrunken(config))
-        with torch.no_grad():
-            model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
-    except layouts.FAILURES:
-        return None
-    return model  # type: ignore[no-any-return]
-
-
-def _untried(config: PretrainedConfig) -> str:
-    return f"{config.model_type}; its layout is proven when it is loaded: it cannot be made small"
+def _untried(config: PretrainedConfig, error: Exception) -> str:
+    why = " ".join(str(error).split())[:200]
+    said = "its layout is proven when it is loaded: it cannot be made small"
+    return f"{config.model_type}; {said} ({why})"
 
 
 def _family(config: PretrainedConfig) -> str:

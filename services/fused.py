@@ -122,14 +122,13 @@ def _fuse_rotary(family: ModuleType) -> None:
     if own is None or hasattr(own, _OWN) or not _is_rotary(own):
         return
 
-    def rotary(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any
-    ) -> tuple[Tensor, Tensor]:
-        fused = None if more or named else kernels(q)
+    def rotary(  # some families turn queries alone
+        q: Tensor, k: Any = None, cos: Any = None, sin: Any = None, *more: Any, **named: Any
+    ) -> Any:
+        fused = None if more or named or k is None else kernels(q)
         # One sequence, which a pack is; heads turned as a whole; cos and sin for each token.
         if fused is None or len(q) != 1 or cos.shape != (1, q.shape[2], q.shape[3]):
-            turned: tuple[Tensor, Tensor] = own(q, k, cos, sin, *more, **named)
-            return turned
+            return own(q, k, cos, sin, *more, **named)
         return fused.rotate(q, cos, sin), fused.rotate(k, cos, sin)
 
     setattr(rotary, _OWN, own)

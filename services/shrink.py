@@ -8,7 +8,10 @@ import copy
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from services import layouts
 
 # What a setting of this name is at most, wherever a family has it.
 _SIZES = """
@@ -57,6 +60,58 @@ _OF_THE_FILE = {
     "transformers_version",
 }  # fmt: skip
 
+# What a family needs that its config does not say or that cannot be made small by name.
+_HYBRID = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+_ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_d_head": 16},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+            for kind in ("full_attention", "sliding_attention")
+        },
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+    },
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2
+    },
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": _HYBRID,
+    "lfm2_moe": {**_HYBRID, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4,
+        "indexer_compress_ratio": 2, "ple_layer_ids": [1], "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 1,
+    },
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {**_ZAMBA, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {**_ZAMBA, "n_mamba_heads": 4, "num_key_value_heads": 4},
+}  # fmt: skip
+
+FAILURES = (*layouts.FAILURES, ImportError, OSError, StrictDataclassError)
+"""What is raised of a config that makes no small model."""
+
 
 def shrunken(config: PretrainedConfig, special: dict[str, Any] | None = None) -> PretrainedConfig:
     """The config with a layer of every kind, and sizes as small as can be.
@@ -67,7 +122,7 @@ def shrunken(config: PretrainedConfig, special: dict[str, Any] | None = None) ->
             config stand under its name.
 
     Raises:
-        services.layouts.FAILURES: its family's config does not take them.
+        FAILURES: its family's config does not take them.
     """
     kinds = _layer_kinds(config)
     for depth in (0, 4, 8, 16, 32):
@@ -111,7 +166,11 @@ def _smaller(config: PretrainedConfig, special: dict[str, Any], at_least: int) -
             small = len(kept) if name == depth_name else _small(name, value, usual)
             if small != value:
                 changed[name] = small
-    plain = {name: value for name, value in special.items() if not isinstance(value, dict)}
+    plain = {
+        name: value
+        for name, value in special.items()
+        if not isinstance(value, dict) or isinstance(usual.get(name), dict)
+    }
     return type(config)(**{**_own(config), **changed, **plain})
 
 
@@ -141,7 +200,7 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
     random, and spread wider than usual, or mistakes would hardly show.
 
     Raises:
-        services.layouts.FAILURES: there is no such model.
+        FAILURES: there is no such model.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
@@ -155,3 +214,32 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
                 else:
                     weight.add_(torch.randn_like(weight), alpha=0.1)
     return model
+
+
+def needed_by(config: PretrainedConfig) -> dict[str, Any]:
+    """What a family needs, for `shrunken`; nothing, of most."""
+    text = config.get_text_config()
+    needed = SPECIAL.get(text.model_type, {})
+    return needed if text is config or not needed else {"text_config": needed}
+
+
+def small_of(config: PretrainedConfig) -> PreTrainedModel:
+    """A small model of a published config, which computes. Where the config alone makes none, with
+    what `SPECIAL` says of its family.
+
+    Raises:
+        FAILURES: there is no such model.
+    """
+    try:
+        return _computing(shrunken(config))
+    except FAILURES:
+        if not (needed := needed_by(config)):
+            raise
+        return _computing(shrunken(config, needed))
+
+
+@torch.no_grad()
+def _computing(config: PretrainedConfig) -> PreTrainedModel:
+    model: Any = small_model(config)
+    model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+    return model  # type: ignore[no-any-return]

@@ -53,3 +53,21 @@ def test_lengths_that_would_turn_a_rotary_embedding_are_refused(tmp_path: Path) 
     args = {"max_model_len": 24}
     (student,) = looked_at(phi, rollout={"engine": {"kind": "vllm", "args": args}})
     assert student.said.endswith("sampled from by vllm")
+
+
+def test_a_family_that_its_config_alone_does_not_make_small_is_tried_too(tmp_path: Path) -> None:
+    attention = {"model_type": "", "kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 500000}
+    experts = {"model_type": "", "ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4}
+    dbrx = of_family(
+        tmp_path / "dbrx", "dbrx", d_model=6144, n_heads=48, n_layers=40, max_seq_len=32768,
+        attn_config=attention, ffn_config=experts,
+    )  # fmt: skip
+    (teacher,) = looked_at(dbrx, dbrx)[1:]  # a student's weights would be wanted
+    assert teacher.said.startswith("dbrx; layout packed; ")
+
+
+def test_what_cannot_be_tried_in_small_is_said_with_the_reason(tmp_path: Path) -> None:
+    odd = of_family(tmp_path / "odd", "qwen3", hidden_act="cubic")
+    for look in looked_at(odd, odd):
+        said = "its layout is proven when it is loaded: it cannot be made small ('cubic')"
+        assert look.said == f"qwen3; {said}" and not look.wrong
