@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen3ForCausalLM
 
+from benchmarks.families import tiny
 from rollout.transformers_engine import sequence_logprobs
 from services.models import load_tokenizer, probe_tokens
 from services.weights import Weights, WeightsMismatch, check_probe
 from tests.builders import VOCAB, tiny_model, tiny_tokenizer
 
+Model = TypeVar("Model", bound=PreTrainedModel)
 TOLERANCE = 1e-3  # the default
 NAMES = [name for name, _ in tiny_model(tied=False).named_parameters()]
+
+
+# The mixtures have experts, attention sinks and biases.
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen3": lambda: student(), "qwen3_moe": lambda: tiny("qwen3_moe"),
+    "gpt_oss": lambda: tiny("gpt_oss"),
+}  # fmt: skip
 
 
 def student(seed: int = 0) -> Qwen3ForCausalLM:
     return tiny_model(seed, tied=False, spread=0.3)
 
 
-def trained(model: Qwen3ForCausalLM, seed: int) -> Qwen3ForCausalLM:
+def trained(model: Model, seed: int) -> Model:
     """A copy after a step of one per cent: about AdamW's of 1e-3 where weights are of 0.1."""
     after = copy.deepcopy(model)
     torch.manual_seed(seed)
@@ -31,14 +43,21 @@ def trained(model: Qwen3ForCausalLM, seed: int) -> Qwen3ForCausalLM:
     return after
 
 
-def version(model: Qwen3ForCausalLM, number: int) -> Weights:
-    probe = probe_tokens(VOCAB)
+def version(model: PreTrainedModel, number: int) -> Weights:
+    probe = probe_tokens(model.config.vocab_size)
     logprobs = sequence_logprobs(model, probe)
     return Weights.flatten(number, model.named_parameters(), probe, logprobs)
 
 
-def judged(engine: Qwen3ForCausalLM, weights: Weights, usual: float | None) -> float:
-    return check_probe(weights, sequence_logprobs(engine, weights.probe_ids), TOLERANCE, usual)
+def judged(
+    engine: PreTrainedModel, weights: Weights, usual: float | None, tolerance: float = TOLERANCE
+) -> float:
+    return check_probe(weights, sequence_logprobs(engine, weights.probe_ids), tolerance, usual)
+
+
+def swap(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(weight.flip(0) if weight.ndim > 1 else weight.roll(1))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,15 +68,47 @@ def test_each_single_tensor_that_is_not_the_learners_is_found(name: str, fault: 
     usual = judged(before, version(before, 0), None)
     engine = copy.deepcopy(after)
     weight = engine.get_parameter(name)
-    with torch.no_grad():
-        if fault == "stale":
+    if fault == "swapped":
+        swap(weight)
+    else:
+        with torch.no_grad():
             weight.copy_(before.get_parameter(name))
-        elif weight.ndim > 1:
-            weight.copy_(weight.flip(0))
-        else:
-            weight.copy_(weight.roll(1))
     with pytest.raises(WeightsMismatch, match=r"version 1: .* nats, more than"):
         judged(engine, version(after, 1), usual)
+
+
+def test_each_tensor_of_a_mixture_of_experts_is_found_too() -> None:
+    before = tiny("qwen3_moe")
+    after, usual = trained(before, 1), judged(before, version(before, 0), None)
+    weights = version(after, 1)
+    for name, _ in before.named_parameters():
+        stale, swapped = copy.deepcopy(after), copy.deepcopy(after)
+        stale.load_state_dict({name: before.get_parameter(name)}, strict=False)
+        swap(swapped.get_parameter(name))
+        for engine in (stale, swapped):
+            with pytest.raises(WeightsMismatch):
+                judged(engine, weights, usual)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_in_bfloat16_what_rounding_could_not_do_is_found(family: str) -> None:
+    """One stale tensor is not, soon after it was: see docs/vllm.md."""
+    before = MODELS[family]()
+    usual = judged(copy.deepcopy(before).bfloat16(), version(before, 0), None, 0.3)
+    after = before
+    for seed in range(10):
+        after = trained(after, seed)
+    weights = version(after, 10)
+    assert judged(copy.deepcopy(after).bfloat16(), weights, usual, 0.3) < 0.1
+    with pytest.raises(WeightsMismatch):  # an update that changed nothing
+        judged(copy.deepcopy(before).bfloat16(), weights, usual, 0.3)
+    for name, weight in after.named_parameters():
+        if weight.ndim == 1 or name.endswith("bias"):
+            continue
+        engine = copy.deepcopy(after).bfloat16()
+        swap(engine.get_parameter(name))
+        with pytest.raises(WeightsMismatch):
+            judged(engine, weights, usual, 0.3)
 
 
 def test_rounding_to_bfloat16_passes_version_after_version() -> None:
