@@ -67,7 +67,7 @@ def _student(config: RunConfig) -> Look:
             _config(config.student),
             _kind(config.rollout.engine, config.rollout.resources),
         )
-        layouts.check_length(whole, config.longest)
+        layouts.check_length(whole, config.longest_sampled)
         if kind == "vllm":
             _check_vllm(whole, config.rollout.engine)
         try:
