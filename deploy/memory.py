@@ -27,7 +27,7 @@ from teacher.config import TeacherConfig
 from trainer.config import TrainerConfig
 from trainer.student import is_sharded
 
-_VLLM = 2e9  # CUDA, its graphs, the sampler's logits, activations of the largest step; assumed
+_VLLM = 3e9  # CUDA, its graphs, the sampler's logits, activations of the largest step; assumed
 _CUDA = 0.6e9  # context, libraries and their workspace in one process; assumed
 _SUMMED = 4  # FSDP2 adds gradients up in float32 (reduce_dtype), whatever they are computed in
 _PACKING = 2.0 * 2**30  # vLLM's two buffers for tensors on their way by nccl or ipc

@@ -141,7 +141,7 @@ class TeacherConfig(Config):
     """Most alternatives of one token that may be asked for."""
     batch_tokens: int = Field(default=16_384, ge=1)
     """Tokens in one forward of the transformers engine; a longer sequence goes alone. vLLM
-    prefills in chunks of at most 2,048 of them."""
+    prefills in chunks of at most 8,192 of them, on a CPU of 2,048."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests that one replica holds, worked on or waiting; past it callers are told at once
     (503) when to come again."""

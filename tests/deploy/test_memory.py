@@ -81,23 +81,26 @@ def test_everything_fits_as_shipped(models: dict[str, str], name: str) -> None:
     assert all(need.fits and need.has is not None for need in roles.values())
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_sampler_begins_no_more_than_its_cache_holds(models: dict[str, str], name: str) -> None:
-    """Answers of 3,000 tokens on average, at most as long as the run allows; and it is offered as
-    many as it begins."""
+@pytest.mark.parametrize(
+    ("name", "tokens"), [(name, 1_800 if name == "one-gpu" else 3_000) for name in SHIPPED]
+)
+def test_a_sampler_begins_no_more_than_its_cache_holds(
+    models: dict[str, str], name: str, tokens: int
+) -> None:
+    """Answers of so many tokens on average; and it is offered as many as it begins."""
     config = run(models, name)
     need, places = by_role(config)["rollout"], config.rollout.engine.args["max_num_seqs"]
     assert places == config.rollout.capacity * config.sampling.n
     one = need.parts["cache of one sequence"] / config.longest  # bytes of a token
     room = (need.has or 0) - sum(need.parts.values()) + one * config.longest
-    assert places * min(3_000, config.sampling.max_tokens / 2) * one < 1.02 * room
+    assert places * tokens * one < room
 
 
 def test_parts_of_one_gpu_of_80_gb(models: dict[str, str]) -> None:
     roles = by_role(run(models, "one-gpu"))
     weights, cache = 2 * 7_615_616_512, 6_145 * 2 * 2 * 28 * 4 * 128
     assert roles["teacher"].parts == {
-        "weights": weights, "cache of one sequence": cache, "vLLM": 2e9,
+        "weights": weights, "cache of one sequence": cache, "vLLM": 3e9,
     }  # fmt: skip
     assert roles["teacher"].has == pytest.approx(80e9 * 0.92 * 0.37, rel=1e-2)
 
@@ -125,7 +128,7 @@ L4 = ("teacher.max_sequence_tokens=null",)
 
 
 def test_a_teachers_whole_context_does_not_start_on_an_l4(models: dict[str, str]) -> None:
-    """22.1 GB are vLLM's: 15.2 GB of weights and 2 of its own leave room for 84,500 tokens."""
+    """22.1 GB are vLLM's: 15.2 GB of weights and 3 of its own leave room for 67,000 tokens."""
     own_prompt = ("teacher.context=Solve {prompt}", *L4)
     need = by_role(run(models, "eight-24gb", *own_prompt))["teacher"]
     assert need.parts["cache of one sequence"] == 131_073 * 2 * 2 * 28 * 4 * 128

@@ -131,13 +131,29 @@ async def test_an_argument_that_scoring_rests_on_is_refused(
         build_scorer(config(directory, args={name: value}))
 
 
-async def test_memory_is_bounded_by_chunks_and_no_prefix_is_kept(directory: Path) -> None:
+@pytest.mark.parametrize(
+    ("on_cpu", "batch_tokens", "chunk"),
+    [(True, 16_384, 2_048), (False, 16_384, 8_192), (False, 4_000, 4_000)],
+)
+async def test_memory_is_bounded_by_chunks_and_no_prefix_is_kept(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, on_cpu: bool, batch_tokens: int, chunk: int
+) -> None:
     from teacher.vllm_scorer import engine_args  # imports vLLM
 
-    given = config(directory).model_copy(update={"engine": EngineConfig(kind="vllm")})
+    monkeypatch.setattr("services.vllm_core.on_cpu", lambda: on_cpu)
+    given = config(directory).model_copy(
+        update={"engine": EngineConfig(kind="vllm"), "batch_tokens": batch_tokens}
+    )
     made = engine_args(given, CONTEXT)
     assert (made.enable_prefix_caching, made.enable_chunked_prefill) == (False, True)
-    assert (made.max_num_batched_tokens, made.max_logprobs) == (2048, LIMIT)
+    assert (made.max_num_batched_tokens, made.max_logprobs) == (chunk, LIMIT)
+
+
+async def test_on_a_gpu_prompts_are_scored_in_parts() -> None:
+    """What `_CHUNK_TOKENS` rests on: the runner that vLLM takes where there is Triton."""
+    from vllm.v1.worker.gpu.sample.prompt_logprob import CHUNK_SIZE
+
+    assert CHUNK_SIZE == 1024
 
 
 async def test_cancelled_requests_leave_the_engine_free(scorer: Scorer) -> None:
