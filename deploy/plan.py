@@ -105,6 +105,9 @@ def make(config: RunConfig, rates: Rates, *, gpus: int | None = None, cores: flo
         ConfigError: a rate is missing or of other hardware, or the roles do not fit.
     """
     notes = _notes(config, rates)
+    own = [step.name for step in config.steps if step.resources.gpus]
+    if own:
+        raise ConfigError(f"steps: no rate is known of {', '.join(own)}, which reserves GPUs")
     if not any([*_gpus(config).values(), *_teacher_gpus(teachers_of(config))]):
         if gpus is not None:
             raise ConfigError("no role of this config reserves a GPU: leave --gpus out")
@@ -327,7 +330,7 @@ def _shared(config: RunConfig, rates: Rates, cores: float, notes: list[str]) -> 
     seconds = {role: used[role] / (min(threads[role], cores) or 1) for role in ROLES}
     free = cores - cpu.other_cores
     if free <= 0:
-        raise ConfigError(f"driver, Redis and Ray alone take {cpu.other_cores:.2g} of the cores")
+        raise ConfigError(f"what is no role's takes {cpu.other_cores:.2g} of the cores alone")
     # Whose process is which teacher's is not known: all of them are one line.
     lines = _lines(config, units, seconds, [])
     return _plan(config, work, lines, seconds, notes, rates, least=sum(used.values()) / free)
@@ -445,6 +448,12 @@ def _notes(config: RunConfig, rates: Rates) -> list[str]:
         notes.append(
             "no answer was incorrect when the rates were measured: the teacher is taken to have "
             "nothing to do"
+        )
+    if config.steps:
+        own = ", ".join(step.name for step in config.steps)
+        notes.append(
+            f"no rate is known of {own} (steps): taken to keep up, and what it uses of shared "
+            f"cores is counted as it was measured"
         )
     if any(one.autoscale for one in teachers_of(config).values()):
         notes.append("a teacher that scales itself (autoscale) counts with its fewest replicas")

@@ -30,6 +30,7 @@ Records: TypeAlias = Sequence[dict[str, Any]]
 
 FEWEST = 8  # records after the start that rates are taken from
 _WAITS = ("timing_s/wait_groups", "timing_s/wait_publish", "timing_s/wait_checkpoint")
+_ROLES = ("rollout", "verifier", "teacher", "learner")  # that have rates
 _LEARNING = ("timing_s/perplexity", "timing_s/forward_backward")
 
 
@@ -127,7 +128,7 @@ class CpuRate(Config):
     learner_token_s: float = Field(ge=0)
     learner_step_s: float = Field(default=0.0, ge=0)
     other_cores: float = Field(default=0.0, ge=0)
-    """What driver, Redis and Ray keep busy meanwhile."""
+    """What all else keeps busy meanwhile: driver, Redis, Ray, stages of one's own."""
 
 
 class Rates(Config):
@@ -359,20 +360,20 @@ def _cpu(
     records: Records, sampled: float, verdicts: float, scored: float, learned: float
 ) -> CpuRate | None:
     """None where the run did not see the processes of all of its roles."""
-    used = {name: _grown(records, f"cpu_s/{name}") for name in ("rollout", "verifier", "teacher")}
-    learner = _grown(records, "cpu_s/learner")
+    names = {name for record in records for name in record if name.startswith("cpu_s/")}
+    used = {name.removeprefix("cpu_s/"): _grown(records, name) for name in names}
+    sampling, judging, scoring, learner = (used.pop(role, 0.0) for role in _ROLES)
     if not (learner and sampled and verdicts):
         return None
     later = records[1:]
     own, learning = _own_s(later), sum(_total(later, name) for name in _LEARNING)
-    other = _grown(records, "cpu_s/other") + _grown(records, "cpu_s/redis")
     return CpuRate(
-        rollout_token_s=used["rollout"] / sampled,
-        verdict_s=used["verifier"] / verdicts,
-        teacher_token_s=used["teacher"] / scored if scored else None,
+        rollout_token_s=sampling / sampled,
+        verdict_s=judging / verdicts,
+        teacher_token_s=scoring / scored if scored else None,
         learner_token_s=learner * learning / (own + learning) / learned,
         learner_step_s=learner * own / (own + learning) / len(later),
-        other_cores=other / (records[-1]["time"] - records[0]["time"]),
+        other_cores=sum(used.values()) / (records[-1]["time"] - records[0]["time"]),
     )
 
 

@@ -378,6 +378,21 @@ def test_fewer_answers_to_a_prompt_cost_more_each() -> None:
     assert sampling.seconds == pytest.approx(5.12 * (1 + 9 / 19) / 2)
 
 
+def test_a_stage_of_one_s_own_uses_cores_and_is_said_to_keep_up() -> None:
+    step = "{name: filter, after: verifier, worker: 'my.filters:Filter'}"
+    config = load(DEMO, [f"steps=[{step}]"])
+    records = [record | {"cpu_s/filter": 3.0 * record["step"]} for record in _records(12)]
+    rates = of_records(config, records, about="known")
+    assert rates.cpu is not None
+    assert rates.cpu.other_cores == pytest.approx((1.0 + 1.0 + 3.0) / 10)
+    made = plan.make(config, rates, cores=2)
+    assert made.step_s == pytest.approx((5.12 + 1.28 + 3.84 + 7.0) / (2 - 0.5))
+    assert any(note.startswith("no rate is known of filter (steps)") for note in made.notes)
+    greedy = load(DEMO, [f"steps=[{step.replace('}', ', resources: {gpus: 1}}')}]"])
+    with pytest.raises(ConfigError, match="steps: no rate is known of filter, which reserves GPUs"):
+        plan.make(greedy, rates)
+
+
 def test_a_replaced_worker_takes_no_work_back() -> None:
     records = _records(12)
     for record in records[6:]:
