@@ -34,6 +34,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
+from benchmarks.processor import processor
 from rollout.config import RolloutConfig
 from rollout.engine import Engine, build_engine
 from services import vllm_core
@@ -232,14 +233,9 @@ def _args(kind: str) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Where and when the figures were taken."""
-    names = {
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    }
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": ", ".join(sorted(names)),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[1],  # other work on the machine, ours among it

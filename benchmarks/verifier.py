@@ -27,6 +27,7 @@ import psutil
 import pyarrow.parquet as pq
 from math_verify import parse, verify
 
+from benchmarks.processor import processor
 from services.sandbox.bubblewrap import Bubblewrap
 from services.sandbox.confined import Interpreter
 from services.sandbox.landlock import Landlock
@@ -149,10 +150,8 @@ async def _programs(cores: int, level: str, python: Interpreter) -> dict[str, fl
 
 def machine() -> dict[str, str | float]:
     """Where these figures were measured."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.partition(":")[2] for line in lines if line.startswith("model name")), "")
     return {
-        "cpu": model.strip() or platform.machine(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),

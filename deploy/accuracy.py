@@ -49,27 +49,25 @@ def passed(correct: Sequence[int], samples: Sequence[int], k: int) -> Estimate:
     )
 
 
-def passed_bootstrap(
-    correct: Sequence[int], samples: Sequence[int], k: int, *, seed: int = 0
-) -> Estimate:
+def passed_bootstrap(correct: Sequence[int], samples: Sequence[int], k: int) -> Estimate:
     """Pass@k as the authors' evaluation has it: `RESAMPLES` times `k` samples of each prompt are
     drawn with replacement, and a prompt passes when one of them is correct. It is lower than the
     unbiased one, because the same sample may be drawn twice."""
     if not len(correct):
         return Estimate(0.0, 0.0, 0.0)
     share = np.asarray(correct) / np.maximum(np.asarray(samples), 1)
-    drawn = np.random.default_rng(seed).binomial(k, share, (RESAMPLES, len(share)))
+    drawn = np.random.default_rng(0).binomial(k, share, (RESAMPLES, len(share)))
     means = (drawn > 0).mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(means.mean()), float(low), float(high))
 
 
-def over_prompts(values: Sequence[float], *, seed: int = 0) -> Estimate:
+def over_prompts(values: Sequence[float]) -> Estimate:
     """The mean of one value a prompt; its interval is the bootstrap's over prompts."""
     if not len(values):
         return Estimate(0.0, 0.0, 0.0)
     array = np.asarray(values, np.float64)
-    indices = np.random.default_rng(seed).integers(0, len(array), (RESAMPLES, len(array)))
+    indices = np.random.default_rng(0).integers(0, len(array), (RESAMPLES, len(array)))
     low, high = np.quantile(array[indices].mean(axis=1), [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high))
 

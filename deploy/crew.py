@@ -148,6 +148,7 @@ class Crew:
         worker.restarts = 1 if now - worker.started > _HEALTHY_S else worker.restarts + 1
         if worker.restarts > RESTARTS:
             raise WorkerFailed(f"{worker.name} died {worker.restarts} times; last error: {error}")
+        # A time at which others see to it, and no wait, so that it is none of tenacity's.
         worker.due = now + min(_LONGEST_PAUSE_S, 0.5 * 2**worker.restarts)
         log.warning("%s died: %s", worker.name, error)
         self._say(f"{worker.name} died; starting it again")

@@ -13,7 +13,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from deploy.config import ConfigError, load
+from deploy.config import ConfigError, RunConfig, load
 from services.disk import write_whole
 from services.redis_server import EmbeddedRedis, answers, connect, resolve_url, trouble
 from services.stage import QUIET_S
@@ -32,12 +32,9 @@ async def open_streams(run_dir: Path) -> AsyncIterator[Streams]:
         services.redis_server.RedisUnavailable: Redis cannot be started.
     """
     config = load(run_dir / "config.yaml")
-    address = run_dir / "redis" / "url"
     server = None
-    url = resolve_url(config.redis) or (
-        address.read_text(encoding="utf-8") if address.exists() else None
-    )
-    if url is None or (config.redis.url is None and not answers(url)):
+    url = _live_url(config, run_dir)
+    if url is None:
         server = EmbeddedRedis(run_dir / "redis")
         server.start()
         url = server.url
@@ -55,12 +52,8 @@ async def read_status(run_dir: Path) -> dict[str, Any]:
     Raises:
         ConfigError: not a run directory, or its Redis cannot be reached.
     """
-    config = load(run_dir / "config.yaml")
-    address = run_dir / "redis" / "url"
-    url = resolve_url(config.redis) or (
-        address.read_text(encoding="utf-8") if address.exists() else None
-    )
-    if url is None or (config.redis.url is None and not answers(url)):
+    url = _live_url(load(run_dir / "config.yaml"), run_dir)
+    if url is None:
         return _last_known(run_dir)
     async with open_streams(run_dir) as streams:
         try:
@@ -130,6 +123,15 @@ def write_snapshot(run_dir: Path, ledger: Ledger) -> None:
     """Keeps the ledger in the run directory, whole or not at all, for when Redis is gone."""
     now = {**summary(ledger), "as_of": time.time()}
     write_whole(run_dir / "ledger.json", json.dumps(now))
+
+
+def _live_url(config: RunConfig, run_dir: Path) -> str | None:
+    """Of the run's Redis; None where that is a private one that does not run."""
+    if (given := resolve_url(config.redis)) is not None:
+        return given
+    address = run_dir / "redis" / "url"
+    url = address.read_text(encoding="utf-8") if address.exists() else ""
+    return url if url and answers(url) else None
 
 
 def _last_known(run_dir: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
-from services.config import Config, EngineConfig, WorkersConfig
+from services.config import Config, EngineConfig, SandboxLevel, WorkersConfig
 
 # "package.module:factory" is an environment of one's own, see docs/environments.md.
 EnvironmentKind: TypeAlias = Annotated[
@@ -103,7 +103,7 @@ class RolloutConfig(WorkersConfig):
 class PythonToolConfig(Config):
     """The environment `python`: it runs the programs that the student writes, in a sandbox."""
 
-    sandbox: Literal["bubblewrap", "landlock"] = "bubblewrap"
+    sandbox: SandboxLevel = "bubblewrap"
     """What confines them. It is never exchanged for something weaker: see docs/verifier.md."""
     python: Path | None = None
     """The interpreter that runs them, with the packages that it has; None takes the worker's own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -54,6 +54,10 @@ class Resources(Config):
     custom: dict[str, float] = Field(default_factory=dict)
     """Resources of your own that only some nodes declare, such as `rollout: 0.01`: they keep a
     role on the nodes that are meant for it."""
+
+
+SandboxLevel: TypeAlias = Literal["bubblewrap", "landlock"]
+"""As `services.sandbox.confined.Level`, which imports the standard library only and so not this."""
 
 
 class WorkersConfig(Config):

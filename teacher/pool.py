@@ -323,6 +323,8 @@ class TeacherPool(AbstractAsyncContextManager["TeacherPool", None]):
         """Asks a server that is down, ever less often, until it is well."""
         while not server.up:
             if server.checks:
+                # By a count that outlives this task, as no retrying of tenacity's does: a server
+                # that is well and fails the next request is asked later and later too.
                 pause = min(_LAST_CHECK_S, _FIRST_CHECK_S * 2 ** (server.checks - 1))
                 await asyncio.sleep(pause)
             try:

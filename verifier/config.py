@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from services.config import Config, WorkersConfig
+from services.config import Config, SandboxLevel, WorkersConfig
 
 # "package.module:function" is a domain of its own, see docs/verifier.md.
 Kind: TypeAlias = Annotated[str, Field(pattern=r"^(exact|math|code|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")]
@@ -18,7 +18,7 @@ Overlong: TypeAlias = Literal["incorrect", "mask"]
 class CodeConfig(Config):
     """How untrusted programs are run. A reference may ask for less time or memory, not for more."""
 
-    sandbox: Literal["bubblewrap", "landlock"] = "bubblewrap"
+    sandbox: SandboxLevel = "bubblewrap"
     """What confines them. It is never exchanged for something weaker: see docs/verifier.md."""
     python: Path | None = None
     """The interpreter that runs them, with the packages that it has; None takes the verifier's

@@ -82,6 +82,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 def _free_ports(count: int) -> list[int]:
+    """All held at once: asked for one after the other, two may be the same."""
     probes = [socket.socket() for _ in range(count)]
     for probe in probes:
         probe.bind(("127.0.0.1", 0))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.objectives.base import Coefficients, Objective, SequenceStats, Tokens, bounded, uniform
+from trainer.objectives.base import Objective, Tokens, bounded
 from trainer.objectives.config import OpsaConfig, TaOpdConfig
 from trainer.objectives.log_ratio import opd
+from trainer.objectives.rewards import kd
 
 
 def ta_advantage(tokens: Tokens, config: TaOpdConfig) -> Tensor:
@@ -31,15 +32,9 @@ def _between_quantiles(tokens: Tokens, values: Tensor) -> Tensor:
     return ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
 
 
-def everything(stats: SequenceStats, config: OpsaConfig) -> Coefficients:
-    """All trajectories alike, without a teacher."""
-    reinforce = uniform(stats, stats.correct | stats.incorrect, config)
-    return Coefficients(reinforce=reinforce, distil=torch.zeros_like(reinforce))
-
-
 def opsa_advantage(tokens: Tokens, config: OpsaConfig) -> Tensor:
     """OPSA (arXiv 2608.31046) with a fixed advantage: the tokens that the student itself finds
-    least likely get a negative one, all others none.
+    least likely get a negative one, all others none. Trajectories are all alike, as in KD.
 
     After its authors' code, which chooses among the tokens of a rank's batch; here it is among
     those of a trajectory. Their other mode, whose strength grows with the student's entropy, is
@@ -49,4 +44,4 @@ def opsa_advantage(tokens: Tokens, config: OpsaConfig) -> Tensor:
 
 
 TA_OPD = Objective(TaOpdConfig, opd, teacher="all", advantage=ta_advantage)
-OPSA = Objective(OpsaConfig, everything, teacher="none", advantage=opsa_advantage)
+OPSA = Objective(OpsaConfig, kd, teacher="none", advantage=opsa_advantage)
