@@ -321,9 +321,9 @@ def _ask_to_stop() -> bool:
 def _execute(settings: Any, *, directory: Path | None) -> None:
     with importing():
         from deploy import launch
-        from deploy.console import Console
+        from deploy.console import RunConsole
 
-    with Console() as console:
+    with RunConsole() as console:
         made = launch.start(settings, console, directory=directory)
         try:
             asyncio.run(made.execute())

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console as RichConsole
+from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -28,17 +28,17 @@ _COLUMNS = (
 )
 
 
-class Console:
+class RunConsole:
     """Prints progress; as a context it owns the terminal's live area."""
 
-    def __init__(self, rich: RichConsole | None = None) -> None:
-        self._rich = rich or RichConsole()
+    def __init__(self, rich: Console | None = None) -> None:
+        self._rich = rich or Console()
         self._live = Live(console=self._rich, refresh_per_second=4, transient=True)
         self._record: dict[str, Any] = {}
         self._last_plain = 0.0
         self._last_step = -1
 
-    def __enter__(self) -> Console:
+    def __enter__(self) -> RunConsole:
         if self._rich.is_terminal:
             self._live.start()
         return self

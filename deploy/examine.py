@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-from rich.console import Console as RichConsole
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
@@ -52,7 +52,7 @@ class Examination:
     out: Path
     finished: tuple[Tally, ...]
 
-    async def run(self, console: RichConsole) -> Result:
+    async def run(self, console: Console) -> Result:
         """Evaluates what is left, and writes the result.
 
         Raises:
@@ -77,7 +77,7 @@ class Examination:
         known = {tally.id for tally in self.finished}
         return [o for o in range(self.count) if self.source.prompt(o).id not in known]
 
-    def _start(self, stack: AsyncExitStack, console: RichConsole) -> Connection:
+    def _start(self, stack: AsyncExitStack, console: Console) -> Connection:
         url = resolve_url(self.config.redis)
         if url is None:
             server = EmbeddedRedis(Path(stack.enter_context(TemporaryDirectory(prefix="scope-"))))
@@ -91,9 +91,7 @@ class Examination:
         run = f"{self.config.name}-eval-{secrets.token_hex(4)}"
         return Connection(url, run, self.config.stage, self.config.pipeline)
 
-    async def _evaluate(
-        self, connection: Connection, left: list[int], console: RichConsole
-    ) -> None:
+    async def _evaluate(self, connection: Connection, left: list[int], console: Console) -> None:
         columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with (
             Progress(*columns, console=console) as progress,

@@ -28,7 +28,7 @@ from redis.exceptions import RedisError
 
 from deploy.cluster import NoRay, start_ray
 from deploy.config import ConfigError, RunConfig, dump
-from deploy.console import Console
+from deploy.console import RunConsole
 from deploy.crew import Crew
 from deploy.evaluate import Result, evaluate
 from deploy.failures import learner_cause, passes, sentence
@@ -70,7 +70,7 @@ class Run:
 
     config: RunConfig
     directory: Path
-    console: Console
+    console: RunConsole
     preflight: Preflight
     resumed: bool
     telemetry: Telemetry
@@ -410,7 +410,7 @@ class Run:
                         await trained.wait()
 
 
-def start(config: RunConfig, console: Console, *, directory: Path | None = None) -> Run:
+def start(config: RunConfig, console: RunConsole, *, directory: Path | None = None) -> Run:
     """Checks the configuration and prepares its run directory (an existing one to resume)."""
     config = config.with_absolute_paths()  # workers run in directories of their own
     preflight = check(config)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 
 import pytest
-from rich.console import Console as RichConsole
+from rich.console import Console
 
-from deploy.console import Console
+from deploy.console import RunConsole
 from deploy.evaluate import Result, Tally
 from services.streams import Ledger
 
@@ -28,7 +28,7 @@ RESULT = Result(0, (TALLY,))
 @pytest.mark.parametrize("width", [40, 80])
 def test_no_figure_is_cut(width: int) -> None:
     shown = io.StringIO()
-    console = Console(RichConsole(file=shown, width=width, force_terminal=True, color_system=None))
+    console = RunConsole(Console(file=shown, width=width, force_terminal=True, color_system=None))
     console.step(RECORD)
     depths = {"prompts": 1, "rollouts": 2, "verified": 3, "scored": 44}
     ledger = Ledger(fed=100, trained=50, consumed=50, dead=1, step=7, depth=depths, age_s={})

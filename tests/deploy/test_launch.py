@@ -13,7 +13,7 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from deploy.config import ConfigError, load
-from deploy.console import Console
+from deploy.console import RunConsole
 from deploy.crew import Crew, _Worker
 from deploy.launch import Run, RunFailed, _without_addresses, start
 from deploy.telemetry import Telemetry
@@ -45,7 +45,7 @@ async def test_a_run_that_hangs_ends_with_a_sentence(
         await streams.settle("prompts", [item.id])
     config = load(ROOT / "deploy/runs/demo.yaml", ["trainer.stall_timeout_s=0.6"])
     preflight: Any = SimpleNamespace(total_groups=1)
-    run = Run(config, tmp_path, Console(), preflight, False, Telemetry(config))
+    run = Run(config, tmp_path, RunConsole(), preflight, False, Telemetry(config))
     learner: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     with Recorder(tmp_path) as recorder, pytest.raises(RunFailed, match=sentence):
         async with asyncio.timeout(DEADLINE_S):
@@ -67,7 +67,7 @@ async def test_a_run_with_too_many_dead_prompts_ends_with_a_sentence(
     settings = ["trainer.groups_per_step=1", "max_dead_fraction=0.1"]
     config = load(ROOT / "deploy/runs/demo.yaml", settings)
     preflight: Any = SimpleNamespace(total_groups=10)
-    run = Run(config, tmp_path, Console(), preflight, False, Telemetry(config))
+    run = Run(config, tmp_path, RunConsole(), preflight, False, Telemetry(config))
     learner: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     looks = 0
 
@@ -93,7 +93,7 @@ async def test_a_run_directory_that_cannot_be_written_is_waited_for(
     config = load(ROOT / "deploy/runs/demo.yaml")
     preflight: Any = SimpleNamespace(total_groups=1)
     away = tmp_path / "away"
-    run = Run(config, away, Console(), preflight, False, Telemetry(config))
+    run = Run(config, away, RunConsole(), preflight, False, Telemetry(config))
     learner: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     with Recorder(tmp_path) as recorder:
         watch = asyncio.create_task(run._watch(streams, recorder, learner, Crew(connection, str)))
@@ -170,7 +170,7 @@ async def ending(
     """What a run says at its end, of which the learner fails, or the crew."""
     config = load(ROOT / "deploy/runs/demo.yaml", [])
     preflight: Any = SimpleNamespace(total_groups=1)
-    run = Run(config, tmp_path, Console(), preflight, False, Telemetry(config))
+    run = Run(config, tmp_path, RunConsole(), preflight, False, Telemetry(config))
     learner: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     if failure is not None:
         learner.set_exception(failure)
@@ -187,7 +187,7 @@ async def test_of_two_runs_of_one_name_that_start_together_one_goes_on(
     config = load(ROOT / "deploy/runs/demo.yaml", [])
     preflight: Any = SimpleNamespace(train=SimpleNamespace(prompt=None))
     runs = [
-        Run(config, tmp_path / name, Console(), preflight, False, Telemetry(config))
+        Run(config, tmp_path / name, RunConsole(), preflight, False, Telemetry(config))
         for name in ("one", "two")
     ]
     ends = await asyncio.gather(
@@ -195,17 +195,17 @@ async def test_of_two_runs_of_one_name_that_start_together_one_goes_on(
     )
     (refused,) = filter(None, ends)
     assert "this Redis already holds a run named 'demo'" in str(refused)
-    resumed = Run(config, tmp_path / "moved", Console(), preflight, True, Telemetry(config))
+    resumed = Run(config, tmp_path / "moved", RunConsole(), preflight, True, Telemetry(config))
     await resumed._prepare_streams(streams)
 
 
 def test_a_run_in_progress_is_not_resumed(tmp_path: Path) -> None:
-    run = start(load(ROOT / "deploy/runs/demo.yaml", [f"runs_dir={tmp_path}"]), Console())
+    run = start(load(ROOT / "deploy/runs/demo.yaml", [f"runs_dir={tmp_path}"]), RunConsole())
     with pytest.raises(ConfigError, match="is being run by another process"):
-        start(load(run.directory / "config.yaml"), Console(), directory=run.directory)
+        start(load(run.directory / "config.yaml"), RunConsole(), directory=run.directory)
     assert run.lock is not None
     run.lock.close()  # as the system does when it dies
-    start(load(run.directory / "config.yaml"), Console(), directory=run.directory)
+    start(load(run.directory / "config.yaml"), RunConsole(), directory=run.directory)
 
 
 def test_no_address_that_may_hold_a_password_goes_to_a_tracker() -> None:
@@ -235,7 +235,7 @@ def test_a_result_that_finds_no_room_is_one_sentence(tmp_path: Path) -> None:
     """And the file before it is left whole."""
     config = load(ROOT / "deploy/runs/demo.yaml", [])
     preflight: Any = SimpleNamespace(total_groups=1)
-    run = Run(config, tmp_path, Console(), preflight, False, Telemetry(config))
+    run = Run(config, tmp_path, RunConsole(), preflight, False, Telemetry(config))
     (tmp_path / "result").write_text("whole", encoding="utf-8")
     (tmp_path / ".result.tmp").symlink_to("/dev/full")
     sentence = f"cannot be written: .*No space left.*; continue with: scope resume {tmp_path}"
@@ -248,4 +248,4 @@ def test_a_runs_dir_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> No
     (tmp_path / "file").touch()
     config = load(ROOT / "deploy/runs/demo.yaml", [f"runs_dir={tmp_path}/file"])
     with pytest.raises(ConfigError, match=r"^runs_dir cannot be written: .*Not a directory"):
-        start(config, Console())
+        start(config, RunConsole())
