@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from deploy.doctor import (
     _compiler,
     _devices,
     _disks,
+    _models,
     _redis,
     _sandboxes,
     _shared_memory,
@@ -54,6 +56,18 @@ def test_a_compiler_is_tried_with_pythons_headers(
     assert found.verdict == "note" and "Python.h" in found.said and "python3-dev" in found.said
     monkeypatch.setenv("PATH", str(tmp_path))
     assert compiler_trouble().startswith("none, and Triton needs one on a GPU: apt-get install gcc")
+
+
+def test_family_and_layout_of_each_model_are_said(tmp_path: Path) -> None:
+    (student, teacher) = _models(config())
+    assert (student.what, student.verdict) == ("student", "ok")
+    assert student.said.startswith("qwen3; layout packed; attention: ")
+    assert (teacher.what, teacher.verdict) == ("teacher", "ok")
+    wrong = {"model_type": "prophetnet", "vocab_size": 24}
+    (tmp_path / "config.json").write_text(json.dumps(wrong), encoding="utf-8")
+    (student, _) = _models(config(f"student={tmp_path}"))
+    assert student.verdict == "fault"
+    assert student.said.startswith("prophetnet models are not supported: ")
 
 
 def test_a_redis_that_would_lose_prompts_is_a_fault(redis_server: EmbeddedRedis) -> None:

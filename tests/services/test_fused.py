@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, Qwen3Config
 
+from benchmarks.families import tiny
 from services import fused, packed
 
 SMALL: dict[str, Any] = {
@@ -94,3 +95,12 @@ def test_what_computes_something_else_is_left_alone() -> None:
     }  # its halves turn without being laid out
     family = sys.modules[type(gpt).__module__]
     assert not hasattr(family.apply_rotary_pos_emb, "scope_own_forward")  # type: ignore[attr-defined]
+
+
+def test_a_family_that_rotates_queries_alone_stays_the_same(seen: Counter[str]) -> None:
+    made, ids = tiny("qwen4_exp_text"), torch.arange(5, 17)[None]
+    with torch.no_grad():
+        before = made(input_ids=ids, use_cache=False).logits
+        fused.fuse(made)
+        after = made(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
