@@ -3,52 +3,71 @@ without a GPU no test is collected. `benchmarks/gpu.sh` runs these on a machine 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from services import packed
+from services import layouts, packed
 
 SEQUENCES = [[2 + (i * (j + 3)) % 90 for i in range(n)] for j, n in enumerate((40, 7, 130, 8))]
 STARTS = [5, 1, 30, 2]
+SIZES: dict[str, Any] = {
+    "vocab_size": 100, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256, "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+# Of each, its layout and what it has. All experts are chosen: near ties would fall either way.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("packed", {}),
+    "mistral": ("packed", {"sliding_window": 16}),
+    "gpt_oss": ("packed", {**WINDOW, "num_local_experts": 2, "num_experts_per_tok": 2}),  # sinks
+    "cohere": ("packed", {"logit_scale": 0.25}),
+    "gemma2": ("rows", {**WINDOW, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0}),
+}
 
 
-def model() -> Qwen2ForCausalLM:
+def model(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=100, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=256, tie_word_embeddings=True,
-    )  # fmt: skip
-    return Qwen2ForCausalLM(config).eval()
+    factory: Any = AutoModelForCausalLM
+    config = CONFIG_MAPPING[family](**SIZES, **MODELS[family][1])
+    made: PreTrainedModel = factory.from_config(config)
+    return made.eval()
 
 
-def outcome(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def outcome(family: str, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs at two temperatures, and the gradient of all parameters in one row."""
-    made = packed.prepare(model().to(device=device, dtype=dtype))
+    made = packed.prepare(model(family).to(device=device, dtype=dtype))
+    assert layouts.proven(made).layout == MODELS[family][0]
     found = packed.token_logprobs(made, packed.pack(SEQUENCES, STARTS).to(device), [1.0, 0.6])
     found[1].mean().backward()
     gradients = [p.grad.float().cpu().flatten() for p in made.parameters() if p.grad is not None]
     return found.detach().cpu(), torch.cat(gradients)
 
 
-def compare(dtype: torch.dtype, tolerance: float) -> None:
-    expected, gradient = outcome("cpu", torch.float32)
-    got, theirs = outcome("cuda", dtype)
+def compare(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    expected, gradient = outcome(family, "cpu", torch.float32)
+    got, theirs = outcome(family, "cuda", dtype)
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
     assert float((theirs - gradient).norm() / gradient.norm()) < tolerance
 
 
 def gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(packed.CHUNK_BYTES, "cuda", 4 * 100 * 16)
-    compare(torch.float32, 1e-3)
+    compare("qwen2", torch.float32, 1e-3)
 
 
 if torch.cuda.is_available():
 
-    def test_bucketed_attention_in_float32() -> None:
-        compare(torch.float32, 1e-3)
+    @pytest.mark.parametrize("family", MODELS)
+    def test_bucketed_attention_in_float32(family: str) -> None:
+        compare(family, torch.float32, 1e-3)
 
-    def test_variable_length_attention_in_bfloat16() -> None:
-        compare(torch.bfloat16, 5e-2)
+    @pytest.mark.parametrize("family", MODELS)
+    def test_variable_length_attention_in_bfloat16(family: str) -> None:
+        compare(family, torch.bfloat16, 5e-2)
 
     test_many_chunks = gradients_in_chunks
