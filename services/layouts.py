@@ -144,12 +144,14 @@ def find(model: PreTrainedModel, head: torch.nn.Module, run: Run) -> Proven:
 
 def _may_be_packed(model: PreTrainedModel) -> bool:
     """Whether short sequences can speak for long ones in the packed layout: a sliding window can
-    be made so narrow that they reach past it. Chunks, a choice of keys and windows by other
-    names are left to the model's own masks."""
+    be made so narrow that they reach past it. Convolutions and recurrent layers are told where
+    sequences begin, but their kernels for a GPU alone heed it. Chunks, a choice of keys and
+    windows by other names are left to the model's own masks."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
     others = [name for name, value in vars(config).items() if value and _LIMIT.search(name)]
-    return kinds <= {"full_attention", "sliding_attention"} and not others
+    told = {"linear_attention", "conv"} if model.device.type == "cuda" else set()
+    return kinds <= {"full_attention", "sliding_attention"} | told and not others
 
 
 @contextmanager

@@ -51,6 +51,12 @@ class Pack:
     # Where each shared beginning starts and ends, and where the last of those that follow it ends.
     prefixes: tuple[tuple[int, int, int], ...] = ()
 
+    @property
+    def seq_idx(self) -> Tensor:
+        """[1, T] int32: which segment each token is in."""
+        places = torch.arange(len(self.token_ids), dtype=torch.int32, device=self.cu_seqlens.device)
+        return torch.searchsorted(self.cu_seqlens[1:], places, right=True, out_int32=True)[None]
+
     def to(self, device: torch.device | str) -> Pack:
         """The same pack on `device`; the copy does not wait for what the device works on."""
         return replace(
@@ -192,6 +198,7 @@ def _all_hidden(model: PreTrainedModel, pack: Pack, proven: layouts.Proven) -> T
             position_ids=pack.position_ids[None],
             cu_seq_lens_q=pack.cu_seqlens,
             max_length_q=pack.max_seqlen,
+            seq_idx=pack.seq_idx,  # this and the bounds are for kernels of convolutions and scans
             buckets=pack.buckets,
             prefixes=pack.prefixes,
         )[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from rollout import transformers_engine
 from rollout.rows import Request
@@ -128,6 +130,44 @@ def test_one_model_scores_and_samples_by_turns(family: str) -> None:
             np.testing.assert_allclose(
                 drawn.logprobs, full_logprobs(plain, whole, 1.0)[2:], atol=2e-4
             )
+
+
+def heed(family: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives a family's convolution and scan what their kernels for a GPU have: bounds."""
+    convolve, scan = family.causal_conv1d_fn, family.torch_chunk_gated_delta_rule
+
+    def convolution(hidden: torch.Tensor, *rest: Any, seq_idx: Any, **named: Any) -> torch.Tensor:
+        lengths = torch.bincount(seq_idx[0]).tolist()
+        named = {"activation": named["activation"]}
+        return torch.cat([convolve(h, *rest, **named) for h in hidden.split(lengths, 2)], 2)
+
+    def rule(*qkv: torch.Tensor, g: Any, beta: Any, cu_seqlens: Any, **named: Any) -> Any:
+        named = {n: named[n] for n in ("output_final_state", "use_qk_l2norm_in_kernel")}
+        lengths = cu_seqlens.diff().tolist()
+        parts = zip(*(x.split(lengths, 1) for x in (*qkv, g, beta)), strict=True)
+        return torch.cat([scan(*p[:3], g=p[3], beta=p[4], **named)[0] for p in parts], 1), None
+
+    def bounded(by_kernel: Any, own: Any, name: str) -> Any:
+        return lambda *x, **named: (by_kernel if named.get(name) is not None else own)(*x, **named)
+
+    monkeypatch.setattr(family, "causal_conv1d_fn", bounded(convolution, convolve, "seq_idx"))
+    monkeypatch.setattr(family, "torch_chunk_gated_delta_rule", bounded(rule, scan, "cu_seqlens"))
+
+
+@pytest.mark.parametrize("heeded", [True, False])
+def test_a_hybrid_is_packed_where_its_layers_heed_the_bounds(
+    heeded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As their kernels do on a GPU; the trial finds out."""
+    monkeypatch.setattr(layouts, "_may_be_packed", lambda model: True)
+    model = made("qwen3_5_text")
+    expected = [full_logprobs(model, ids, 1.0) for ids in SEQUENCES]
+    if heeded:
+        heed(modeling_qwen3_5, monkeypatch)
+    got = packed.score(packed.prepare(model), SEQUENCES, [1] * len(SEQUENCES))
+    assert layouts.proven(model).layout == ("packed" if heeded else "rows")
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-4)
 
 
 def test_weights_that_are_no_numbers_are_named_by_the_sampler() -> None:
