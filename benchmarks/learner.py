@@ -1,14 +1,14 @@
-"""Trained tokens per second, against plain transformers and TRL; utilisation and memory on a GPU.
+"""Trained tokens per second, against plain transformers and TRL.
 
-    python -m benchmarks.learner [--json FILE] [--only PART …]  learner, sharing, end-to-end, gpu
+    python -m benchmarks.learner [--json FILE] [--only PART …]  learner, sharing, end-to-end
 
     learner      one frozen batch of skewed lengths, the learner's work alone: student forward and
                  backward, loss, optimizer. The teacher's side is given to everyone.
     sharing      forward and backward of answers that share their prompt, against each with its own
     end-to-end   generation, scoring and learning: a real `scope run` against TRL's trainers
-    gpu          utilisation at the shapes of Qwen2 1.5B, memory of the fused log-probs
 
-What the machine cannot run stands in the table with the reason. TRL is in the extra `bench`.
+What the machine cannot run stands in the table with the reason. TRL is in the extra `bench`. What
+takes a GPU is in `benchmarks.gpu`.
 """
 
 from __future__ import annotations
@@ -212,17 +212,10 @@ def end_to_end_rows() -> list[Row]:
     return end_to_end.rows() if has_trl() else [_row("end to end", None, None, _no_trl())]
 
 
-def gpu_rows() -> list[Row]:
-    from benchmarks import gpu
-
-    return list(gpu.rows(gpu.Shapes()))
-
-
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "learner": lambda: learner_rows(SKEWED, "skewed") + learner_rows(EQUAL, "equal lengths"),
     "sharing": sharing_rows,
     "end-to-end": end_to_end_rows,
-    "gpu": gpu_rows,
 }
 
 

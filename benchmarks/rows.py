@@ -1,4 +1,4 @@
-"""The rows of `benchmarks.learner`: printed as one table, written as one JSON object a line."""
+"""The rows of benchmarks: printed as one table, written as one JSON object a line."""
 
 from __future__ import annotations
 
@@ -60,6 +60,24 @@ def show(rows: Sequence[Row]) -> str:
 
 def write(rows: Sequence[Row], path: Path) -> None:
     path.write_text("".join(row.json() + "\n" for row in rows), encoding="utf-8")
+
+
+def append(row: Row, path: Path) -> None:
+    """Adds one line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(row.json() + "\n")
+
+
+def figures(path: Path) -> dict[str, float | None]:
+    """Our side of each row of a file, by name; none where there is no file. A last line that was
+    not finished, because its writer was killed, is taken out of it."""
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return {row["name"]: row["ours"] for row in map(json.loads, whole.splitlines())}
 
 
 def _number(value: float | None) -> str:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from services import layouts, packed
+from services import fused, layouts, packed
 
 SEQUENCES = [[2 + (i * (j + 3)) % 90 for i in range(n)] for j, n in enumerate((40, 7, 130, 8))]
 STARTS = [5, 1, 30, 2]
@@ -38,19 +38,23 @@ def model(family: str) -> PreTrainedModel:
     return made.eval()
 
 
-def outcome(family: str, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def outcome(
+    family: str, device: str, dtype: torch.dtype, *, autocast: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs at two temperatures, and the gradient of all parameters in one row."""
     made = packed.prepare(model(family).to(device=device, dtype=dtype))
     assert layouts.proven(made).layout == MODELS[family][0]
-    found = packed.token_logprobs(made, packed.pack(SEQUENCES, STARTS).to(device), [1.0, 0.6])
+    batch = packed.pack(SEQUENCES, STARTS).to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        found = packed.token_logprobs(made, batch, [1.0, 0.6])
     found[1].mean().backward()
     gradients = [p.grad.float().cpu().flatten() for p in made.parameters() if p.grad is not None]
     return found.detach().cpu(), torch.cat(gradients)
 
 
-def compare(family: str, dtype: torch.dtype, tolerance: float) -> None:
+def compare(family: str, dtype: torch.dtype, tolerance: float, *, autocast: bool = False) -> None:
     expected, gradient = outcome(family, "cpu", torch.float32)
-    got, theirs = outcome(family, "cuda", dtype)
+    got, theirs = outcome(family, "cuda", dtype, autocast=autocast)
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
     assert float((theirs - gradient).norm() / gradient.norm()) < tolerance
 
@@ -58,6 +62,17 @@ def compare(family: str, dtype: torch.dtype, tolerance: float) -> None:
 def gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(packed.CHUNK_BYTES, "cuda", 4 * 100 * 16)
     compare("qwen2", torch.float32, 1e-3)
+
+
+def kernels_against_plain_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one device, in one precision: what differs is the kernels alone."""
+    assert fused.kernels(torch.zeros(1, device="cuda")), "no Triton"
+    got, gradient = outcome("qwen2", "cuda", torch.float32)
+    monkeypatch.setattr(packed, "_kernels", lambda _: None)
+    with fused.plainly():
+        expected, plain = outcome("qwen2", "cuda", torch.float32)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert float((gradient - plain).norm() / plain.norm()) < 1e-4
 
 
 if torch.cuda.is_available():
@@ -70,4 +85,9 @@ if torch.cuda.is_available():
     def test_variable_length_attention_in_bfloat16(family: str) -> None:
         compare(family, torch.bfloat16, 5e-2)
 
+    @pytest.mark.parametrize("family", MODELS)
+    def test_float32_masters_with_autocast(family: str) -> None:
+        compare(family, torch.float32, 5e-2, autocast=True)
+
     test_many_chunks = gradients_in_chunks
+    test_kernels = kernels_against_plain_modules
