@@ -19,15 +19,18 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import Field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import psutil  # which vLLM needs itself
+import torch
 import vllm.config
 from pydantic import ValidationError
-from vllm import SamplingParams
+from transformers import AutoConfig
+from vllm import ModelRegistry, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
@@ -45,6 +48,9 @@ _CPU_DEFAULTS: Mapping[str, Any] = {
     "kv_cache_memory_bytes": 1 << 30,  # vLLM's own default is most of the machine's memory
     "block_size": 32,  # not 128: only whole blocks of a prompt are shared by its samples
 }
+# On a CPU vLLM 0.32 rotates one head alone of what LFM2 gives it, as [tokens, heads, width]: its
+# kernel reads the number of heads off a last axis that is taken to hold them all.
+_ROTARY = "rotary_embedding"
 # Decides how many sequences and tokens a step takes: with none, 128 and 2,048 on whatever GPU.
 _USAGE = UsageContext.OPENAI_API_SERVER
 # What vLLM reads from the environment while it starts; what the user has set there wins.
@@ -184,18 +190,44 @@ def engine_args(
         "model": str(locate(model)),
         "dtype": ("float32" if on_cpu() else "bfloat16") if dtype == "auto" else dtype,
         "skip_tokenizer_init": True,
+        # Of a multimodal checkpoint: its other parts would be started with a tokenizer.
+        "language_model_only": True,
         "disable_log_stats": True,
         **fixed,
     }
     _check_names(engine.args, own, section)
+    if on_cpu() and own["dtype"] != "bfloat16" and _has_delta_rule(model):
+        raise EngineError(
+            f"vLLM computes linear attention like that of {model} on a CPU in bfloat16 alone: set "
+            f"{section}.dtype to 'bfloat16', or {section}.kind to 'transformers'"
+        )
     merged = {
         **(_CPU_DEFAULTS if on_cpu() else _gpu_memory(engine, resources, section)),
         **defaults,
         **engine.args,
         **own,
     }
+    if on_cpu():
+        merged["compilation_config"] = _plain_rotary(merged.get("compilation_config", {}))
     with _refusals(section):
         return AsyncEngineArgs(**merged)
+
+
+def _has_delta_rule(model: str) -> bool:
+    """Whether some layers are Qwen's gated delta rules (Qwen3-Next, Qwen3.5), which alone have
+    kernels of vLLM's for CPUs."""
+    text: Any = AutoConfig.from_pretrained(locate(model)).get_text_config()
+    return hasattr(text, "linear_num_value_heads") and text.model_type.startswith("qwen")
+
+
+def _plain_rotary(given: Any) -> Any:
+    """The user's compilation settings, with rotary embeddings by PyTorch unless these name them."""
+    if not isinstance(given, Mapping):
+        return given  # vLLM says what is wrong with it
+    operations = given.get("custom_ops", [])
+    if any(name in operations for name in (f"+{_ROTARY}", f"-{_ROTARY}")):
+        return given
+    return {**given, "custom_ops": [*operations, f"-{_ROTARY}"]}
 
 
 def _gpu_memory(engine: EngineConfig, resources: Resources, section: str) -> dict[str, float]:
@@ -331,7 +363,22 @@ def _refusals(section: str) -> Iterator[None]:
         problems = "; ".join(_sentence(error.title, problem) for problem in error.errors())
         raise EngineError(f"{section}.args: vLLM refuses: {problems}") from error
     except (ValueError, TypeError) as error:
-        raise EngineError(f"{section}.args: vLLM refuses: {error}") from error
+        raise EngineError(f"{section}.args: vLLM refuses: {_cause(str(error))}") from error
+
+
+def _cause(message: str) -> str:
+    """With what vLLM leaves to its log: why it could not import a model's code."""
+    if "failed to be inspected" not in message:
+        return message
+    for name in re.findall(r"'(\w+)'", message):
+        try:
+            import_module(ModelRegistry.models[name].module_name)
+        except (ImportError, RuntimeError) as error:  # of one that does not fit torch, the latter
+            return (
+                f"its code of {name} cannot be imported: {error}; install what fits torch "
+                f"{torch.__version__}, or set kind to 'transformers'"
+            )
+    return message
 
 
 def _sentence(title: str, problem: Any) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.families import tiny
 from rollout.config import RolloutConfig, SamplingEngineConfig
 from services.config import Resources
 from services.engines import EngineError
@@ -63,3 +66,42 @@ def test_vllm_has_defaults_for_the_usage_that_it_is_told() -> None:
 
     for table in AsyncEngineArgs.get_batch_defaults(world_size=1):
         assert vllm_core._USAGE in table and None not in table
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ["-rotary_embedding"]),
+        ({"custom_ops": ["none", "+silu_and_mul"]}, ["none", "+silu_and_mul", "-rotary_embedding"]),
+        ({"custom_ops": ["+rotary_embedding"]}, ["+rotary_embedding"]),
+    ],
+)
+def test_rotary_embeddings_are_pytorchs_on_a_cpu(
+    student: Path, given: dict[str, object], expected: list[str]
+) -> None:
+    """vLLM's own kernel there rotates one head alone of models like LFM2."""
+    engine = SamplingEngineConfig(args={"compilation_config": {"backend": "eager", **given}})
+    config = made(student, engine=engine).compilation_config  # type: ignore[attr-defined]
+    assert (config.backend, config.custom_ops) == ("eager", expected)
+
+
+def test_linear_attention_in_float32_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    tiny("qwen3_next").save_pretrained(tmp_path)
+    with pytest.raises(EngineError, match=r"bfloat16 alone: set rollout\.engine\.dtype"):
+        made(tmp_path)
+    made(tmp_path, engine=SamplingEngineConfig(dtype="bfloat16"))
+
+
+def test_code_that_vllm_cannot_import_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM itself says why in its log alone."""
+    from vllm import ModelRegistry
+
+    from services.vllm_core import _cause
+
+    refused = "Model architectures ['Qwen3ForCausalLM'] failed to be inspected."
+    assert _cause(refused) == refused  # it can be imported now
+    absent = replace(ModelRegistry.models["Qwen3ForCausalLM"], module_name="absent_vision.models")
+    monkeypatch.setitem(ModelRegistry.models, "Qwen3ForCausalLM", absent)
+    said = _cause(refused)
+    assert "its code of Qwen3ForCausalLM cannot be imported: No module named 'absent_vis" in said
+    assert f"install what fits torch {torch.__version__}" in said
