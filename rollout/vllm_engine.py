@@ -32,7 +32,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from rollout import vllm_transfer
-from rollout.config import RolloutConfig
+from rollout.config import RolloutConfig, SamplingEngineConfig
 from rollout.engine import (
     Completion,
     Sampled,
@@ -47,7 +47,6 @@ from services.trajectory import Sampling
 from services.weights import Sender, TransferFailed, Weights, check_manifest, check_probe
 
 SECTION = "rollout.engine"  # of a run's config, for messages
-_OWN_TRANSFERS = {"nccl": "nccl", "ipc": "ipc"}  # vLLM's
 _FIRST = -1  # priority: lower is sooner, and samples have 0
 _LOOK_S = 1.0  # how often a process is looked after whose answer is awaited
 _EXTENSION = f"{vllm_transfer.__name__}.{vllm_transfer.WorkerExtension.__name__}"
@@ -83,9 +82,7 @@ def engine_args(
             # vLLM caches the prefixes of recurrent layers only where it prefills in parts.
             **({"enable_prefix_caching": False} if _recurrent_on_cpu(model_path) else {}),
             "worker_extension_cls": _EXTENSION,
-            "weight_transfer_config": {
-                "backend": _OWN_TRANSFERS.get(config.engine.weight_transfer, vllm_transfer.BACKEND)
-            },
+            "weight_transfer_config": {"backend": vllm_transfer.BACKENDS[_transfer(config.engine)]},
         },
     )
 
@@ -93,6 +90,10 @@ def engine_args(
 def _model_length(longest: int) -> int:
     """With room for the probe and the one token that vLLM insists on generating behind it."""
     return max(longest, PROBE_TOKENS + 1)
+
+
+def _transfer(engine: SamplingEngineConfig) -> str:
+    return "store" if engine.weight_transfer == "auto" else engine.weight_transfer
 
 
 def _recurrent_on_cpu(model_path: str) -> bool:

@@ -22,23 +22,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _layerwise_process,
+    get_layerwise_info,
+)
+from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
 from services.weights import Weights
 
-BACKEND = "scope_shared_memory"
+BACKENDS = {"store": "scope_shared_memory", "nccl": "scope_nccl", "ipc": "scope_ipc"}
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "scope-weights-"
 
@@ -104,6 +112,72 @@ def _sweep(directory: Path) -> None:
         os.close(file)
 
 
+class DirectWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what a model writes into its parameters by itself, past their `weight_loader`s, as
+    gpt-oss does with its experts and sinks: vLLM 0.32 holds a model that takes new weights on the
+    meta device, where such a write is lost, and would put the old tensors back.
+
+    Args:
+        model: one whose layers take their weights in checkpoint format now.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._owners = {
+            _storage(tensor): (layer, name, tensor)  # held, so that no other gets its storage
+            for layer in model.modules()
+            for name, tensor in layer.named_parameters(recurse=False)
+            if tensor.is_meta
+        }
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Any operation while weights are loaded."""
+        if func is torch.ops.aten.copy_.default and args[0].is_meta:
+            self._keep(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, part: torch.Tensor, values: torch.Tensor) -> None:
+        """Does for a layer what its loaders do, and puts it in place when it is complete."""
+        layer, name, _ = self._owners.get(_storage(part), (None, "", None))
+        if layer is None or values.is_meta:
+            return
+        info = get_layerwise_info(layer)
+        if not info.can_load() or any(name == loaded for loaded, _ in info.loaded_weights):
+            return  # a loader's trial, after it took note
+        materialize_layer(layer, info)
+        whole = getattr(layer, name).data
+        whole.as_strided(part.size(), part.stride(), part.storage_offset()).copy_(values)
+        info.load_numel += part.numel()
+        if info.load_numel >= (info.load_numel_total or 0):
+            _layerwise_process(layer, info)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Tells the memory of tensors on the meta device apart, which has no addresses."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _KeepingDirectWrites:
+    """What a transfer engine of vLLM's receives with."""
+
+    model: torch.nn.Module
+
+    def receive_weights(self, update_info: Any) -> None:
+        """See `DirectWrites`."""
+        with DirectWrites(self.model):
+            super().receive_weights(update_info)  # type: ignore[misc]
+
+
+class NCCLTransfer(_KeepingDirectWrites, NCCLWeightTransferEngine):
+    """vLLM's own, from GPU to GPU."""
+
+
+class IPCTransfer(_KeepingDirectWrites, IPCWeightTransferEngine):
+    """vLLM's own, within a GPU."""
+
+
 class SharedMemoryTransfer(WeightTransferEngine[NoInit, MappedWeights]):
     """Loads checkpoint-format weights from a mapped file, in place, on a CPU or a GPU."""
 
@@ -121,9 +195,11 @@ class SharedMemoryTransfer(WeightTransferEngine[NoInit, MappedWeights]):
         """Loads all parameters of the model. Layers whose vocabulary is padded read the mapping
         only when the update is finished."""
         manifest = tuple((name, dtype, tuple(shape)) for name, dtype, shape in update_info.manifest)
-        buffer = np.memmap(update_info.path, dtype=np.uint8, mode="r")
+        # Copied where it is written to: all but the first of several ranks of gpt-oss zero biases.
+        buffer = np.memmap(update_info.path, dtype=np.uint8, mode="c")
         weights = Weights(update_info.version, manifest, buffer, (), ())
-        self.model.load_weights(weights.tensors())
+        with DirectWrites(self.model):
+            self.model.load_weights(weights.tensors())
 
     def finish_weight_update(self) -> None:
         """Moves the loaded weights to where the kernels read them."""
@@ -160,4 +236,7 @@ class WorkerExtension:
     """Named in the engine arguments so that each of vLLM's workers imports this module."""
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransfer)
+for _name, _engine in (
+    ("store", SharedMemoryTransfer), ("nccl", NCCLTransfer), ("ipc", IPCTransfer),
+):  # fmt: skip
+    WeightTransferEngineFactory.register_engine(BACKENDS[_name], _engine)

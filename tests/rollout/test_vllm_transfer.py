@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -95,3 +96,42 @@ def test_what_vllm_sends_itself_takes_the_names_of_a_multimodal_checkpoint(backe
     made = kind(**renamed(told | ({} if backend == "nccl" else {"ipc_handles": [{}, {}]}), names))
     assert made.names == ["model.language_model.norm.weight", "lm_head.weight"]
     assert renamed({"manifest": []}, names) == {"manifest": []}  # our own transfer's
+
+
+class Writing(torch.nn.Module):
+    """Loads as gpt-oss does: one matrix in two parts, past the loader, and the bias through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = torch.nn.Parameter(torch.zeros(3, 2), requires_grad=False)
+        self.offset = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+
+    def load_weights(self, matrix: torch.Tensor, offset: torch.Tensor) -> None:
+        self.matrix[:1].copy_(matrix[:1])
+        self.matrix.data.narrow(0, 1, 2).copy_(matrix[1:])
+        loader = getattr(self.offset, "weight_loader", default_weight_loader)
+        loader(self.offset, offset)
+
+
+def default_weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
+    param.data.copy_(loaded_weight)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_model_writes_past_its_loaders_is_loaded(kept: bool) -> None:
+    """Without it vLLM puts the old tensors back. The kernels' tensors stay where they are."""
+    from vllm.model_executor.model_loader import reload
+
+    from rollout.vllm_transfer import DirectWrites
+
+    model = torch.nn.Sequential(Writing())
+    reload.record_metadata_for_reloading(model)
+    before: Any = model[0].matrix
+    for version in (1.0, 2.0):
+        matrix = torch.arange(6.0).view(3, 2) + version
+        reload.initialize_layerwise_reload(model)
+        with DirectWrites(model) if kept else nullcontext():
+            model[0].load_weights(matrix, torch.full((2,), version))
+        reload.finalize_layerwise_reload(model, None)
+        assert model[0].matrix is before and model[0].offset.tolist() == [version] * 2
+        assert torch.equal(model[0].matrix, matrix) is kept
