@@ -17,7 +17,7 @@ import gc
 import logging
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -191,12 +191,17 @@ def examined(families: Sequence[str]) -> Iterator[Row]:
         gc.collect()
 
 
-async def examine_vllm(family: str) -> str:
-    """What an engine of vLLM's, under new weights, makes of the family: "right", or what is not."""
+def tiny_for_vllm(family: str) -> PreTrainedModel:
+    """The model, as small as vLLM's CPU kernels take it."""
     factory = CONFIG_MAPPING[family]
     wide = {name: size for name, size in _WIDE.items() if hasattr(factory(), name)}
-    needed = SPECIAL.get(family, {}) | wide | _PUBLISHED.get(family, {}) | {"text_config": _WIDE}
-    model = small_model(shrunken(factory(), needed))
+    special = SPECIAL.get(family, {}) | wide | _PUBLISHED.get(family, {}) | {"text_config": _WIDE}
+    return small_model(shrunken(factory(), special))
+
+
+async def examine_vllm(family: str) -> str:
+    """What an engine of vLLM's, under new weights, makes of the family: "right", or what is not."""
+    model = tiny_for_vllm(family)
     with TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         settings = {"kind": "vllm", "args": {"kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 16}}
@@ -237,11 +242,12 @@ def vllm_architectures() -> frozenset[str]:
     return frozenset(ModelRegistry.get_supported_archs())
 
 
-def table(rows: Sequence[Row], known: frozenset[str]) -> str:
-    """The rows as Markdown; what keeps a family from being right stands below them."""
+def table(rows: Sequence[Row], known: frozenset[str], old: Mapping[str, str] | None = None) -> str:
+    """The rows as Markdown; what keeps a family from being right stands below them. `old`: what
+    was found with vLLM before, by family."""
     right = [row for row in rows if row.works]
     lines = ["| family | score | gradient | sampling | vLLM |", "|---|---|---|---|---|"]
-    lines += [_line(row, known) for row in right]
+    lines += [_line(row, known, old or {}) for row in right]
     lines += ["", f"{len(right)} of {len(rows)} families are right in all three. The others:", ""]
     lines += [
         textwrap.fill(f"* {row.family}: {row.problem}", 118, subsequent_indent="  ")
@@ -251,22 +257,34 @@ def table(rows: Sequence[Row], known: frozenset[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(row: Row, known: frozenset[str]) -> str:
-    vllm = row.vllm if row.vllm == "right" else "listed" if row.architecture in known else "no"
-    return f"| {row.family} | {row.score} | {row.gradient} | {row.sampling} | {vllm} |"
+def _line(row: Row, known: frozenset[str], old: Mapping[str, str]) -> str:
+    cells = (row.family, row.score, row.gradient, row.sampling, _vllm(row, known, old))
+    return f"| {' | '.join(cells)} |"
+
+
+def _vllm(row: Row, known: frozenset[str], old: Mapping[str, str]) -> str:
+    """What an engine was found to do, now or before; else what vLLM says of itself."""
+    if row.vllm:
+        return textwrap.shorten(row.vllm.replace("|", "/"), 60, placeholder=" …")
+    before = old.get(row.family, "")
+    if before and (not known or before not in ("listed", "no")):
+        return before
+    return "listed" if row.architecture in known else "no"
 
 
 def write(path: Path, rows: Sequence[Row], known: frozenset[str]) -> None:
     """Puts the table below the mark in a page; of some families, their lines alone."""
-    head, old = path.read_text(encoding="utf-8").split(MARK)
+    head, page = path.read_text(encoding="utf-8").split(MARK)
+    cells = [[c.strip() for c in line.strip("|").split(" | ")] for line in page.splitlines()]
+    old = {family: vllm for family, *_, vllm in (row for row in cells if len(row) > 1)}
     if len(rows) < len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        made = {row.family: _line(row, known) for row in rows if row.works}
+        made = {row.family: _line(row, known, old) for row in rows if row.works}
         text = "".join(
             made.get(line.split(" | ")[0].strip("| "), line.rstrip("\n")) + "\n"
-            for line in old.splitlines(keepends=True)
+            for line in page.splitlines(keepends=True)
         )
     else:
-        text = "\n\n" + table(rows, known)
+        text = "\n\n" + table(rows, known, old)
     path.write_text(f"{head}{MARK}{text}", encoding="utf-8")
 
 

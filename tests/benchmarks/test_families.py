@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForConditionalGeneration
 
-from benchmarks.families import MARK, Row, examine, plain, table, tiny_config, write
+from benchmarks.families import (
+    MARK,
+    Row,
+    examine,
+    examine_vllm,
+    plain,
+    table,
+    tiny_config,
+    write,
+)  # fmt: skip
 from services import packed
 from services.models import ModelError, load_model, parameter_shapes, stored_names, write_model
 from tests.builders import tiny_tokenizer
@@ -48,6 +58,20 @@ def test_a_family_is_what_the_page_says(family: str) -> None:
     assert line.startswith(said)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen3_moe",  # experts that are packed anew
+        "gpt_oss",  # experts and sinks that are written past their loaders
+        "lfm2",  # a convolution, and queries by head
+    ],
+)
+def test_a_family_is_right_in_vllm_under_new_weights(family: str) -> None:
+    assert asyncio.run(examine_vllm(family)) == "right"
+
+
 def test_the_page_holds_every_family() -> None:
     text = PAGE.read_text(encoding="utf-8").split(MARK)[1]
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -58,14 +82,22 @@ def test_what_is_wrong_is_not_among_the_right() -> None:
     rows = [
         Row("fine", "A", "packed", "right", "no cache"),
         Row("served", "A", "rows", "right", "no cache", "right"),
+        Row("refused", "A", "rows", "right", "no cache", "vLLM says | " + "no " * 40),
+        Row("before", "A", "rows", "right", "no cache"),
+        Row("unknown", "C", "rows", "right", "no cache"),
         Row("off", "B", "packed", "WRONG by 2 at x", "no cache"),
         Row("odd", "C", "rows", "right", "WRONG by 0.3"),
     ]
-    made = table(rows, frozenset({"A"}))
+    old = {"before": "WRONG by 0.2", "fine": "no", "unknown": "listed"}
+    made = table(rows, frozenset({"A"}), old)
     assert "| fine | packed | right | no cache | listed |" in made
     assert "| served | rows | right | no cache | right |" in made
+    assert "| refused | rows | right | no cache | vLLM says / no no" in made
+    assert "| before | rows | right | no cache | WRONG by 0.2 |" in made
+    assert "| unknown | rows | right | no cache | no |" in made
+    assert max(map(len, made.splitlines())) < 120
     assert "* off: WRONG by 2 at x" in made and "* odd: WRONG by 0.3" in made
-    assert "2 of 4 families" in made
+    assert "5 of 7 families" in made
 
 
 def test_a_family_examined_alone_changes_its_line_alone(tmp_path: Path) -> None:
@@ -75,6 +107,14 @@ def test_a_family_examined_alone_changes_its_line_alone(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8") == (
         f"text\n\n{MARK}\n\n| a | old |\n| b | rows | right | no cache | right |\n\n* c: off\n"
     )
+
+
+def test_what_was_found_with_vllm_stays_when_it_is_not_asked(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"text\n\n{MARK}\n\n| b | packed | right | old | right |\n", encoding="utf-8")
+    for known in (frozenset({"B"}), frozenset()):
+        write(page, [Row("b", "B", "rows", "right", "no cache")], known)
+        assert "| b | rows | right | no cache | right |" in page.read_text(encoding="utf-8")
 
 
 def test_the_text_model_inside_a_multimodal_checkpoint_is_put_back_after_training(
