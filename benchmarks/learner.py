@@ -116,7 +116,7 @@ def _ours(groups: list[ScoredGroup], kind: str) -> Contestant:
         }
     )
     learner = Learner(make_model(0), config, temperature=1.0)
-    return lambda: _seconds(lambda: learner.step(Batch.of(groups)))
+    return lambda: _seconds(lambda: learner.step(*learner.plans(Batch.of(groups))))
 
 
 def _plain(groups: list[ScoredGroup], micro: int = 8) -> Contestant:

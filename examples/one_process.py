@@ -188,7 +188,7 @@ class Stages:
             asking = [source.prompt(step * prompts + i) for i in range(prompts)]
             verified = [self.verify(group) for group in self.sample(sampler, asking, step)]
             groups = [self.score(group, *SCORED[need.teacher], asked=asked) for group in verified]
-            learner.step(Batch.of(groups))
+            learner.step(*learner.plans(Batch.of(groups)))
             trained = _counted(trained, groups)
             each_step(trained)
         copy_weights(self.student, learner.weights())

@@ -156,7 +156,7 @@ class Batch:
 
     groups: tuple[ScoredGroup, ...]  # none in a part
     group_count: int
-    sequences: Mapping[int, Sample]  # by place in the batch
+    sequences: Mapping[int, Sample]  # by index in the batch
     group: Tensor  # [N] int64
     correct: Tensor  # [N] bool
     incorrect: Tensor  # [N] bool
@@ -261,33 +261,29 @@ def shares(
     return min(ways, key=lambda made: max(map(work, made)))
 
 
-def fits(batch: Batch, member: Tensor, budget: int, share: bool = False) -> Tensor:
-    """[N] bool: whether all members of a trajectory's group have room in one micro-batch."""
+def fits(batch: Batch, held: Iterable[Family], budget: int) -> Tensor:
+    """[N] bool: whether all `held` families of a trajectory's group have room in one
+    micro-batch."""
     tokens = torch.zeros(batch.group_count, dtype=torch.int64)
-    for family in families(batch, member.nonzero().flatten().tolist(), share):
+    for family in held:
         tokens[batch.group[family[0]]] += size(batch, family)
     return (tokens <= budget)[batch.group]
 
 
 def micro_batches(
-    batch: Batch,
-    indices: Sequence[int],
-    budget: int,
-    together: Tensor | None = None,
-    *,
-    share: bool = False,
+    batch: Batch, held: Iterable[Family], budget: int, together: Tensor | None = None
 ) -> list[list[Family]]:
     """Fills micro-batches of at most `budget` tokens (a longer sequence goes alone): largest
     first, each into the first that has room, which makes few of them. A family with no room in one
     is cut into several.
 
     Args:
+        held: who share their prompt, which then counts once (`families`).
         together: [N] bool, whose groups go whole into one micro-batch.
-        share: whether answers may share their prompt, which then counts once.
     """
     units: list[list[Family]] = []
     whole: dict[int, list[Family]] = {}
-    for family in families(batch, indices, share):
+    for family in held:
         if together is not None and together[family[0]]:
             whole.setdefault(int(batch.group[family[0]]), []).append(family)
             continue

@@ -25,14 +25,15 @@ from transformers import PreTrainedModel
 from services.models import probe_tokens
 from services.packed import can_share, pack, token_logprobs
 from services.weights import Weights, on_the_wire
-from trainer.batch import Batch, MicroBatch, fits, micro_batches, shares
+from trainer.batch import Batch, Family, MicroBatch
 from trainer.checkpoint import RANK_PREFIX, State
 from trainer.config import TrainerConfig
 from trainer.divergence import divergence
-from trainer.objectives.base import Coefficients, SequenceStats, Tokens, entering
+from trainer.objectives.base import Coefficients, SequenceStats, Tokens
 from trainer.objectives.kinds import objective
 from trainer.optimizer import adamw, lr_factor
 from trainer.scope import effective_sample_size, relative_weights
+from trainer.step_plan import StepPlan, plan_step
 from trainer.student import Student
 
 Metrics = dict[str, float]
@@ -87,13 +88,23 @@ class Learner:
 
     # ------------------------------------------------------------------------------- the step
 
-    def step(self, batch: Batch, clock: Clock | None = None) -> Metrics:
-        """One optimizer step on the global batch, of which `batch` holds the sequences of this
-        rank's share (`shares`). The phases that it went through are added to `clock`."""
+    def plans(self, batch: Batch) -> list[StepPlan]:
+        """What each rank does in the step on this global batch; the same on every rank, so nothing
+        but its plan need be communicated."""
+        return plan_step(
+            batch,
+            self.objective,
+            self.config,
+            ranks=self.student.ranks,
+            pair_cost=self._pair_cost,
+            share=self._share,
+        )
+
+    def step(self, plan: StepPlan, clock: Clock | None = None) -> Metrics:
+        """One optimizer step on the global batch, of which this rank does its `plan`. The phases
+        that it went through are added to `clock`."""
         clock = clock or Clock()
-        sums, stats = self.backward(batch, clock)
-        coefficients = self.objective.coefficients(stats, self.config.objective)
-        self.coefficients = coefficients
+        sums, stats, self.coefficients = self.backward(plan, clock)
         clock.lap("forward_backward")
         self.student.sum_gradients()
         norm = self.student.clip_gradients(self.config.optimizer.max_grad_norm)
@@ -107,18 +118,19 @@ class Learner:
         clock.lap("optimizer")
         return {
             **_loss_metrics(sums.reduced()),
-            **_path_metrics(stats, coefficients),
+            **_path_metrics(stats, self.coefficients),
             "actor/grad_norm": norm,
             "actor/lr": lr,
         }
 
-    def backward(self, batch: Batch, clock: Clock) -> tuple[TokenSums, SequenceStats]:
-        """Accumulates this rank's gradients of the loss. Returns the sums for the metrics, and
-        what the objective saw."""
-        assert not batch.groups or self.student.ranks == 1, "each rank is given its own part"
+    def backward(
+        self, plan: StepPlan, clock: Clock
+    ) -> tuple[TokenSums, SequenceStats, Coefficients]:
+        """Accumulates this rank's gradients of the loss. Returns the sums for the metrics, what
+        the objective saw, and what it said."""
+        batch, together = plan.batch, plan.together
         trained = batch.correct | batch.incorrect  # the denominator's, also where A is 0
-        together = self._together(batch)
-        stats = self._stats(batch, together)
+        stats = self._stats(plan)
         coefficients = self.objective.coefficients(stats, self.config.objective)
         clock.lap("perplexity")
         denominator = (
@@ -127,9 +139,8 @@ class Learner:
             else max(1, int(batch.sampled[trained].sum()))
         )
         sums = TokenSums()
-        entering = self._entering(batch)
         # One at least: gradients are zeros then, as those of a loss of 0 are, and not absent.
-        for micro, last in self._micro_batches(batch, entering, together, at_least=1):
+        for micro, last in self._micro_batches(batch, plan.trained, at_least=1):
             self.student.sums_at(last=last)
             # At temperature 1 the sampled tokens are compared with the teacher, and no more.
             compared = len(self._temperatures) - 1 if micro.top_ids is None else 0
@@ -141,7 +152,7 @@ class Learner:
             loss, part_sums = self._loss(micro, logprobs, stats, coefficients)
             (loss / denominator).backward()  # type: ignore[no-untyped-call]
             sums.add(part_sums)
-        return sums, stats
+        return sums, stats, coefficients
 
     def _logprobs(
         self,
@@ -180,11 +191,7 @@ class Learner:
         loss = weight * self.objective.advantage(tokens, config)
         gap = -tokens.share
         diverge = self.objective.divergence(tokens, config)
-        if (
-            diverge is not None
-            and config.divergence != "sampled"
-            and micro.top_logprobs is not None
-        ):
+        if diverge is not None and config.divergence != "sampled" and micro.top_logprobs is not None:
             gap = divergence(every_logprob[0, :, 1:], micro.top_logprobs, config.divergence)
             gap = torch.where(tokens.distil != 0, gap, 0.0)
             loss = loss + diverge * gap
@@ -206,40 +213,28 @@ class Learner:
 
     # ---------------------------------------------------------------------- student perplexity
 
-    def _together(self, batch: Batch) -> Tensor:
-        """[N] Whose group goes through one forward as a whole, so that the forward which is
-        trained on gives the perplexities as well."""
-        if not self.objective.student_perplexity or self.student.ranks > 1:
-            return torch.zeros_like(batch.correct)
-        trained = batch.correct | batch.incorrect
-        room = fits(batch, trained, self.config.micro_batch_tokens, self._share)
-        return room & _several_correct(batch)
-
-    def _stats(self, batch: Batch, together: Tensor) -> SequenceStats:
+    def _stats(self, plan: StepPlan) -> SequenceStats:
+        batch = plan.batch
         moved = [t.to(self.device) for t in (batch.group, batch.correct, batch.incorrect)]
         return SequenceStats(
             group=moved[0],
             correct=moved[1],
             incorrect=moved[2],
-            student_nll=self._student_nll(batch, together),
+            student_nll=self._student_nll(plan),
             teacher_nll=batch.teacher_nll.to(self.device),
         )
 
     @torch.no_grad()
-    def _student_nll(self, batch: Batch, together: Tensor) -> Tensor:
+    def _student_nll(self, plan: StepPlan) -> Tensor:
         """[N] mean NLL at temperature 1 of the correct trajectories that are not `together`; 0
-        elsewhere.
-
-        A forward of its own: the weights of a group must be known before the first backward,
-        and these groups are spread over micro-batches and ranks.
-        """
+        elsewhere."""
+        batch = plan.batch
         nll = torch.zeros(len(batch.lengths), device=self.device)
         if not self.objective.student_perplexity:
             return nll
-        wanted = self._perplexity_wanted(batch) & ~together
-        for micro, _ in self._micro_batches(batch, wanted):
+        for micro, _ in self._micro_batches(batch, plan.scored):
             logprobs = self._logprobs(micro, [1.0])[0]
-            nll += self._mean_nll(batch, micro, logprobs, wanted)
+            nll += self._mean_nll(batch, micro, logprobs, ~plan.together)
         return _all_reduce(nll)
 
     def _mean_nll(
@@ -250,42 +245,17 @@ class Learner:
         mean = nll / batch.sampled.clamp_min(1).to(self.device)
         return torch.where((batch.correct & member).to(self.device), mean, 0.0)
 
-    def _entering(self, batch: Batch) -> Tensor:
-        """[N] The trajectories that are computed."""
-        nothing = torch.zeros_like(batch.teacher_nll)
-        stats = SequenceStats(
-            batch.group, batch.correct, batch.incorrect, nothing, batch.teacher_nll
-        )
-        return entering(self.objective, stats, self.config.objective)
-
-    def _perplexity_wanted(self, batch: Batch) -> Tensor:
-        """[N] the correct trajectories whose weights depend on their perplexity."""
-        if not self.objective.student_perplexity:
-            return torch.zeros_like(batch.correct)
-        return batch.correct & _several_correct(batch)
-
-    def shares(self, batch: Batch) -> list[list[int]]:
-        """The trajectories that each rank works on; their sequences are all that it needs."""
-        entering = self._entering(batch).double()  # backward costs twice the forward
-        passes = 3.0 * entering + self._perplexity_wanted(batch)
-        cost, share = self._pair_cost, self._share
-        return shares(batch, passes, self.student.ranks, pair_cost=cost, share=share)
-
     def _micro_batches(
-        self, batch: Batch, member: Tensor, together: Tensor | None = None, *, at_least: int = 0
+        self, batch: Batch, parts: Sequence[Sequence[Family]], *, at_least: int = 0
     ) -> Iterator[tuple[MicroBatch, bool]]:
-        """This rank's micro-batches of the members, and whether each is the last; filled up with
+        """This rank's micro-batches on the device, and whether each is the last; filled up with
         idle ones when there are fewer than `at_least`, or when the ranks have to go together and
         another has more."""
-        mine = [i for i in batch.sequences if member[i]]
-        budget = self.config.micro_batch_tokens
-        parts = micro_batches(batch, mine, budget, together, share=self._share)
         rounds = self.student.rounds(max(at_least, len(parts)))
         for number in range(rounds):
-            part = parts[number] if number < len(parts) else []
             made = (
-                MicroBatch.of(batch, part, self.device, vocabulary=self.vocabulary)
-                if part
+                MicroBatch.of(batch, parts[number], self.device, vocabulary=self.vocabulary)
+                if number < len(parts)
                 else _idle(self.device)
             )
             yield made, number == rounds - 1
@@ -428,12 +398,6 @@ def _tokens(
         chunk=micro.chunk,
         entropy=micro.entropy,
     )
-
-
-def _several_correct(batch: Batch) -> Tensor:
-    """[N] whose group has more correct trajectories than one: one alone weighs 1, whatever its
-    perplexity."""
-    return torch.bincount(batch.group, batch.correct.double())[batch.group] > 1
 
 
 def _all_reduce(tensor: Tensor) -> Tensor:

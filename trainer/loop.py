@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ from trainer.lora import write_adapters
 from trainer.publisher import Publisher, Transfer, pusher
 from trainer.reader import GroupReader, LoopThread
 from trainer.samples import due, samples
+from trainer.step_plan import StepPlan
 from trainer.storage import Storage
 from trainer.student import is_sharded
 
@@ -139,8 +140,8 @@ def _learner(config: LoopConfig, restored: Checkpoint | None) -> Learner:
 def _follow(learner: Learner, saves: _Saves) -> None:
     """What the other ranks do: the leader's steps, without Redis and without the weight store."""
     learner.weights()
-    while (batch := _scattered(None)) is not None:
-        learner.step(batch)
+    while (plan := _scattered(None)) is not None:
+        learner.step(plan)
         learner.weights()
         if saves.due:
             saves.take()
@@ -203,10 +204,10 @@ class _Leader:
             _scattered([None] * self._learner.student.ranks)
             return False
         batch = Batch.of([item.group for item in taken])
-        part = _scattered([batch.part(mine) for mine in self._learner.shares(batch)])
-        assert part is not None
+        plan = _scattered(self._learner.plans(batch))
+        assert plan is not None
         self._clock.lap("scatter")
-        metrics = self._learner.step(part, self._clock)
+        metrics = self._learner.step(plan, self._clock)
         metrics |= self._watch.see(metrics["sampling/logp_difference"])
         self._publish()
         orders = [group.prompt.order for group in batch.groups]
@@ -371,10 +372,10 @@ def _from_first(value: T) -> T:
     return box[0]
 
 
-def _scattered(parts: list[Batch | None] | None) -> Batch | None:
-    """This rank's of rank 0's `parts`; None ends the training."""
+def _scattered(plans: Sequence[StepPlan | None] | None) -> StepPlan | None:
+    """This rank's of rank 0's `plans`; None ends the training."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return parts[0] if parts else None
-    box: list[Batch | None] = [None]
-    dist.scatter_object_list(box, parts, src=0)
+        return plans[0] if plans else None
+    box: list[StepPlan | None] = [None]
+    dist.scatter_object_list(box, None if plans is None else list(plans), src=0)
     return box[0]

@@ -136,7 +136,7 @@ def test_truncation_does_not_climb_where_the_teacher_ends_with_another_token(
         for index, one in enumerate(trajectories):
             question = ends.asked(one) if translated else Question(one.token_ids)
             scores[index] = np.log(chat)[question.ids].astype(np.float32)
-        learner.step(Batch.of([replace(group, teacher_logprobs=scores)]))
+        learner.step(*learner.plans(Batch.of([replace(group, teacher_logprobs=scores)])))
     before, after = np.mean(truncated[:3]), np.mean(truncated[-3:])
     assert (after <= before) if translated else (after > before + 0.1), truncated
 
@@ -164,5 +164,5 @@ def sampled(model: PreTrainedModel, order: int, most: int = 8) -> ScoredGroup:
 def gradients(group: ScoredGroup, kind: str) -> list[Tensor]:
     config = TrainerConfig(objective=ObjectiveConfig.model_validate({"kind": kind}))
     learner = Learner(tiny_model(vocab=18), config, temperature=1.0)
-    learner.backward(Batch.of([group]), Clock())
+    learner.backward(*learner.plans(Batch.of([group])), Clock())
     return [p.grad for p in learner.model.parameters() if p.grad is not None]

@@ -96,7 +96,7 @@ def counted(
             learner._moments(parameter)  # which all steps but the first have
         held, device.peak = device.live, device.live
         device.calls.clear(), device.syncs.clear(), device.moved.clear(), device.seconds.clear()
-        learner.backward(batch, Clock())
+        learner.backward(*learner.plans(batch), Clock())
         backward = device.peak
         syncs = Counter(device.syncs)
         device.peak = device.live
@@ -107,7 +107,7 @@ def counted(
         optimizer, calls, moved = device.peak, Counter(device.calls), Counter(device.moved)
         seconds = Counter(device.seconds)
         # As every micro-batch but a run's first: beside gradients and the optimizer's moments.
-        learner.backward(batch, Clock())
+        learner.backward(*learner.plans(batch), Clock())
         later = device.peak
         device.syncs.clear()
         weights = learner.weights()

@@ -26,7 +26,10 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget(
     sizes: list[int], budget: int
 ) -> None:
     batch = batch_of(sizes)
-    parts = [[i for (i,) in part] for part in micro_batches(batch, range(len(sizes)), budget)]
+    parts = [
+        [i for (i,) in part]
+        for part in micro_batches(batch, families(batch, range(len(sizes)), False), budget)
+    ]
     assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
     for part in parts:
         assert len(part) == 1 or sum(int(batch.tokens[i]) for i in part) <= budget
@@ -55,9 +58,9 @@ def test_families_fill_micro_batches_as_their_packs_say(
 ) -> None:
     """Every answer once, after its own prompt; the tokens of the pack itself within the budget."""
     batch = batch_of_groups(groups)
-    everything = torch.ones(len(batch.tokens), dtype=torch.bool)
-    together = fits(batch, everything, budget, share=True) if whole else None
-    made = micro_batches(batch, range(len(batch.tokens)), budget, together, share=True)
+    held = families(batch, range(len(batch.tokens)), True)
+    together = fits(batch, held, budget) if whole else None
+    made = micro_batches(batch, held, budget, together)
     assert sorted(i for part in made for family in part for i in family) == list(
         range(len(batch.tokens))
     )
@@ -298,8 +301,9 @@ def test_groups_that_have_room_stay_whole(sizes: list[int], budget: int) -> None
         scored_group(["correct"] * 3, order=i, lengths=sizes[3 * i : 3 * i + 3]) for i in (0, 1)
     ]
     batch = Batch.of(groups)
-    together = fits(batch, batch.correct, budget)
-    parts = [[i for (i,) in part] for part in micro_batches(batch, range(6), budget, together)]
+    alone = families(batch, range(6), False)
+    together = fits(batch, alone, budget)
+    parts = [[i for (i,) in part] for part in micro_batches(batch, alone, budget, together)]
     assert sorted(i for part in parts for i in part) == list(range(6))
     for group in ({0, 1, 2}, {3, 4, 5}):
         assert bool(together[min(group)]) == (int(batch.tokens[list(group)].sum()) <= budget)

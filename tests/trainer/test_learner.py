@@ -22,7 +22,7 @@ from services.weights import check_probe, copy_weights
 from tests.builders import VOCAB, scored_group, tiny_model
 from trainer.batch import Batch, check
 from trainer.config import OptimizerConfig, TrainerConfig
-from trainer.learner import Clock, Learner
+from trainer.learner import Clock, Learner, Metrics
 from trainer.objectives.config import ObjectiveConfig, ScopeConfig
 
 
@@ -62,15 +62,15 @@ def with_chunks(group: ScoredGroup) -> ScoredGroup:
     """The same group under a teacher with another tokenizer: chunks of one to three tokens, whose
     sums stand with their first, and nothing said of the last tokens of the first trajectory."""
     scores, chunks = {}, {}
-    for place, logprobs in group.teacher_logprobs.items():
-        dice = np.random.default_rng(place)
+    for index, logprobs in group.teacher_logprobs.items():
+        dice = np.random.default_rng(index)
         starts = np.cumsum(dice.integers(1, 4, len(logprobs))) - 1
         first = np.isin(np.arange(len(logprobs)), [0, *starts])
         chunk = np.cumsum(first, dtype=np.int32) - 1
         sums = np.where(first, np.bincount(chunk, logprobs)[chunk], 0.0).astype(np.float32)
-        if place == 2:
+        if index == 2:
             sums[chunk == chunk[-1]], chunk[chunk == chunk[-1]] = 0.0, -1
-        scores[place], chunks[place] = sums, chunk
+        scores[index], chunks[index] = sums, chunk
     return replace(group, teacher_logprobs=scores, chunks=chunks)
 
 
@@ -79,8 +79,13 @@ def gradients(
 ) -> list[Tensor]:
     learner = Learner(tiny_model(), config, temperature=temperature)
     batch = Batch.of(made or groups())
-    learner.backward(batch, Clock())
+    learner.backward(*learner.plans(batch), Clock())
     return [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
+
+
+def one_step(config: TrainerConfig, made: list[ScoredGroup]) -> Metrics:
+    learner = Learner(tiny_model(), config, temperature=0.6)
+    return learner.step(*learner.plans(Batch.of(made)))
 
 
 def expected_gradients(
@@ -95,21 +100,21 @@ def expected_gradients(
     batch = made or groups()
     for group in batch:
         rows, owns = [], {}
-        for place, t in enumerate(group.rollout.trajectories):
+        for index, t in enumerate(group.rollout.trajectories):
             ids = torch.tensor([*group.prompt.token_ids.tolist(), *t.token_ids.tolist()])
             logits = model(ids[None]).logits[0, len(group.prompt.token_ids) - 1 : -1]
             chosen = torch.tensor(t.token_ids)[:, None].long()
             at_one = logits.log_softmax(-1).gather(1, chosen)[:, 0]
             sampled = (logits / temperature).log_softmax(-1).gather(1, chosen)[:, 0]
             own = torch.tensor(t.sampled)
-            if place in group.chunks:
-                own &= torch.tensor(group.chunks[place] >= 0)
+            if index in group.chunks:
+                own &= torch.tensor(group.chunks[index] >= 0)
             at_one, sampled = at_one[own], sampled[own]
             ratio = (sampled - torch.tensor(t.logprobs)[own]).exp()
             capped = ratio * (config.is_ratio_cap / ratio.detach()).clamp(max=1.0)
-            rows.append((place, at_one, capped))
-            if group.verified.verdicts[place].outcome == "incorrect":
-                owns[place] = own
+            rows.append((index, at_one, capped))
+            if group.verified.verdicts[index].outcome == "incorrect":
+                owns[index] = own
         correct = [r for r in rows if group.verified.verdicts[r[0]].outcome == "correct"]
         wrong = [r for r in rows if group.verified.verdicts[r[0]].outcome == "incorrect"]
         ppl = [math.exp(-float(lp.detach().mean())) ** (1 / config.tau) for _, lp, _ in correct]
@@ -117,10 +122,10 @@ def expected_gradients(
             total = total + p / sum(ppl) * -ratio.sum()
         teacher = [torch.tensor(group.teacher_logprobs[i])[own] for i, own in owns.items()]
         inverse = [math.exp(-float(lp.mean())) ** (-1 / config.tau) for lp in teacher]
-        for (place, lp, ratio), t_lp, p in zip(wrong, teacher, inverse, strict=True):
+        for (index, lp, ratio), t_lp, p in zip(wrong, teacher, inverse, strict=True):
             gap = lp.detach() - t_lp
-            if place in group.chunks:
-                labels = group.chunks[place][group.chunks[place] >= 0].tolist()
+            if index in group.chunks:
+                labels = group.chunks[index][group.chunks[index] >= 0].tolist()
                 gap = torch.stack([gap[[c == own for c in labels]].sum() for own in labels])
             total = total + p / sum(inverse) * (ratio * gap).sum()
     model.zero_grad()
@@ -169,7 +174,7 @@ def test_a_chunk_s_log_ratio_is_that_of_each_of_its_tokens(micro_batch_tokens: i
 
 def test_chunks_of_one_token_change_nothing() -> None:
     def alone(scores: Mapping[int, LogProbs]) -> dict[int, TokenIds]:
-        return {place: np.arange(len(of), dtype=np.int32) for place, of in scores.items()}
+        return {index: np.arange(len(of), dtype=np.int32) for index, of in scores.items()}
 
     made = [replace(group, chunks=alone(group.teacher_logprobs)) for group in groups()]
     expected = gradients(settings(), 0.6)
@@ -204,11 +209,15 @@ def test_perplexities_come_from_the_forward_that_is_trained_on_where_a_group_has
     """The first group has two correct ones; in a micro-batch of 40 tokens it is whole."""
     learner = Learner(tiny_model(), settings(micro_batch_tokens=40), temperature=0.6)
     batch = Batch.of(groups())
-    assert learner._together(batch).tolist() == [True] * 4 + [True] * 3 + [False] * 2
-    _, stats = learner.backward(batch, Clock())
+    (plan,) = learner.plans(batch)
+    assert plan.together.tolist() == [True] * 4 + [True] * 3 + [False] * 2
+    assert plan.scored == []
+    _, stats, _ = learner.backward(plan, Clock())
     apart = Learner(tiny_model(), settings(micro_batch_tokens=1), temperature=0.6)
-    assert not apart._together(batch).any()
-    _, expected = apart.backward(batch, Clock())
+    (alone,) = apart.plans(batch)
+    assert not alone.together.any()
+    assert sorted(alone.scored) == [[[i]] for i in (0, 1, 4, 5, 6)]
+    _, expected, _ = apart.backward(alone, Clock())
     torch.testing.assert_close(stats.student_nll, expected.student_nll)
     assert_close(
         [p.grad for p in learner.model.parameters() if p.grad is not None],
@@ -240,7 +249,7 @@ def test_sharing_a_prompt_changes_no_gradient_and_no_perplexity(data: st.DataObj
         config = settings(budget, kind=kind)
         learner = Learner(tiny_model(), config, temperature=0.6)
         learner._share = share
-        sums, stats = learner.backward(Batch.of(made), Clock())
+        sums, stats, _ = learner.backward(*learner.plans(Batch.of(made)), Clock())
         gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
         found.append((gradients, sums.reduced(), stats.student_nll))
     assert_close(found[0][0], found[1][0])
@@ -259,17 +268,17 @@ def top_groups(k: int) -> list[ScoredGroup]:
     teacher, made = tiny_model(seed=1), []
     for group in groups():
         top = {}
-        for place in group.teacher_logprobs:
-            table = _table(teacher, group, place, 1.0)
+        for index in group.teacher_logprobs:
+            table = _table(teacher, group, index, 1.0)
             best = table.detach().topk(k)
-            top[place] = TopTokens(best.indices.numpy().astype(np.int32), best.values.numpy())
+            top[index] = TopTokens(best.indices.numpy().astype(np.int32), best.values.numpy())
         made.append(dataclasses.replace(group, teacher_top=top))
     return made
 
 
-def _table(model: PreTrainedModel, group: ScoredGroup, place: int, t: float) -> Tensor:
+def _table(model: PreTrainedModel, group: ScoredGroup, index: int, t: float) -> Tensor:
     """[T, V] log-probs at temperature `t` at each token of a completion."""
-    trajectory = group.rollout.trajectories[place]
+    trajectory = group.rollout.trajectories[index]
     ids = torch.tensor([*group.prompt.token_ids.tolist(), *trajectory.token_ids.tolist()])
     return (model(ids[None]).logits[0, len(group.prompt.token_ids) - 1 : -1] / t).log_softmax(-1)
 
@@ -283,16 +292,18 @@ def test_a_divergence_over_the_whole_vocabulary_is_the_full_one(kind: str) -> No
     data = [scored_group(["correct", "incorrect"], lengths=[4, 6], score=("correct", "incorrect"))]
     teacher, model, total = tiny_model(seed=1), tiny_model(), torch.zeros(())
     top = {}
-    for place in (0, 1):
+    for index in (0, 1):
         theirs, mine = (
-            _table(m, data[0], place, 1.0) for m in (teacher.requires_grad_(False), model)
+            _table(m, data[0], index, 1.0) for m in (teacher.requires_grad_(False), model)
         )
         order = theirs.argsort(descending=True)
-        top[place] = TopTokens(order.numpy().astype(np.int32), theirs.gather(1, order).numpy())
+        top[index] = TopTokens(order.numpy().astype(np.int32), theirs.gather(1, order).numpy())
         pair = (theirs, mine) if kind == "forward_kl" else (mine, theirs)
         total = total + 0.5 * (pair[0].exp() * (pair[0] - pair[1])).sum()
     total.backward()
-    learner.backward(Batch.of([dataclasses.replace(data[0], teacher_top=top)]), Clock())
+    learner.backward(
+        *learner.plans(Batch.of([dataclasses.replace(data[0], teacher_top=top)])), Clock()
+    )
     assert_close(
         [p.grad for p in learner.model.parameters() if p.grad is not None],
         [p.grad for p in model.parameters() if p.grad is not None],
@@ -322,7 +333,9 @@ def test_a_padded_row_that_wins_counts_to_the_tail_of_both(k: int) -> None:
         total = total + sum(a * (a.log() - b.log()) for a, b in pairs if shared)
     total.backward()
     top = TopTokens(best.indices.numpy().astype(np.int32), best.values.numpy())
-    learner.backward(Batch.of([dataclasses.replace(data, teacher_top={0: top})]), Clock())
+    learner.backward(
+        *learner.plans(Batch.of([dataclasses.replace(data, teacher_top={0: top})])), Clock()
+    )
     assert_close(
         [p.grad for p in learner.model.parameters() if p.grad is not None],
         [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()],
@@ -332,7 +345,7 @@ def test_a_padded_row_that_wins_counts_to_the_tail_of_both(k: int) -> None:
 def test_scope_with_a_divergence_makes_a_finite_step() -> None:
     """Correct trajectories, which nobody scored, share micro-batches with incorrect ones."""
     config = settings(divergence="jsd", top_k=4)
-    metrics = Learner(tiny_model(), config, temperature=0.6).step(Batch.of(top_groups(4)))
+    metrics = one_step(config, top_groups(4))
     assert metrics["kl/student_teacher"] > 0
     assert all(math.isfinite(v) for v in metrics.values())
 
@@ -350,7 +363,7 @@ def test_tokens_that_only_the_teacher_has_count_to_the_tail(kind: str) -> None:
         learner = Learner(tiny_model(), config, temperature=0.6)
         for group in data:
             check(group, "none", vocabulary=VOCAB)
-        learner.backward(Batch.of(data), Clock())
+        learner.backward(*learner.plans(Batch.of(data)), Clock())
         both.append([p.grad for p in learner.model.parameters() if p.grad is not None])
     assert_close(*both)
 
@@ -376,7 +389,7 @@ def test_ratio_cap_scales_a_stale_token_down_and_keeps_its_direction() -> None:
     current = model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]]
     token.logprobs[:] = current.item() - math.log(8.0)  # ρ = 8, cap 2
     learner = Learner(model, settings(), temperature=1.0)
-    metrics = learner.step(Batch.of([group]))
+    metrics = learner.step(*learner.plans(Batch.of([group])))
     assert metrics["is_ratio/mean"] == pytest.approx(8.0, rel=1e-4)
     assert metrics["is_ratio/capped_fraction"] == 1.0
     assert metrics["loss/mle"] == pytest.approx(-2.0, rel=1e-4)
@@ -385,7 +398,7 @@ def test_ratio_cap_scales_a_stale_token_down_and_keeps_its_direction() -> None:
 def test_what_the_teacher_sampled_is_trained_on_as_it_is() -> None:
     group = scored_group(["correct", "incorrect"], lengths=[4, 6])
     group.rollout.trajectories[0].logprobs[:] = -9.0  # of the teacher: no ρ is made of them
-    metrics = Learner(tiny_model(), settings(kind="kd"), temperature=0.6).step(Batch.of([group]))
+    metrics = one_step(settings(kind="kd"), [group])
     assert metrics["is_ratio/mean"] == 1.0
     assert metrics["is_ratio/capped_fraction"] == 0.0
     assert metrics["loss/mle"] == pytest.approx(-0.5)
@@ -396,7 +409,7 @@ def test_what_the_teacher_sampled_is_trained_on_as_it_is() -> None:
 )
 def test_every_mixture_of_verdicts_makes_a_finite_step(outcomes: list[str]) -> None:
     learner = Learner(tiny_model(), settings(), temperature=1.0)
-    metrics = learner.step(Batch.of([scored_group(outcomes)]))  # type: ignore[arg-type]
+    metrics = learner.step(*learner.plans(Batch.of([scored_group(outcomes)])))  # type: ignore[arg-type]
     assert all(bool(torch.isfinite(p).all()) for p in learner.model.parameters())
     assert math.isfinite(metrics["actor/grad_norm"])
 
@@ -406,7 +419,7 @@ def forward_tokens(learner: Learner, batch: Batch) -> tuple[list[int], list[Tens
     seen: list[int] = []
     embedding = learner.model.get_input_embeddings()
     hook = embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
-    learner.backward(batch, Clock())
+    learner.backward(*learner.plans(batch), Clock())
     hook.remove()
     return seen, [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
 
@@ -430,8 +443,10 @@ def test_what_enters_no_loss_is_not_computed_and_changes_no_gradient(
     made = Learner(tiny_model(), settings(kind=kind), temperature=0.6)
     seen, gradients = forward_tokens(made, batch)
     assert seen == [int(batch.tokens[computed].sum())]
-    assert made.shares(batch) == [computed]
-    monkeypatch.setattr(Learner, "_entering", lambda _, b: torch.ones_like(b.correct))
+    assert [list(plan.batch.sequences) for plan in made.plans(batch)] == [computed]
+    monkeypatch.setattr(
+        "trainer.step_plan.entering", lambda _, stats, config: torch.ones_like(stats.correct)
+    )
     everything = Learner(tiny_model(), settings(kind=kind), temperature=0.6)
     seen, expected = forward_tokens(everything, batch)
     assert seen == [int(batch.tokens.sum())]
@@ -446,7 +461,7 @@ def test_a_step_that_nothing_enters_is_one_with_gradients_of_zero() -> None:
     assert seen == [2]
     assert len(gradients) == len(list(learner.model.parameters()))
     assert all(not g.any() for g in gradients)
-    metrics = learner.step(batch)
+    metrics = learner.step(*learner.plans(batch))
     assert metrics["tokens/trained"] == 0
     assert metrics["loss/mle"] == 0
     assert math.isnan(metrics["is_ratio/mean"])  # of nothing
@@ -455,7 +470,7 @@ def test_a_step_that_nothing_enters_is_one_with_gradients_of_zero() -> None:
 def test_unknown_trajectories_leave_no_trace_in_the_gradient() -> None:
     with_unknown = Batch.of([scored_group(["correct", "unknown", "incorrect"])])
     learner = Learner(tiny_model(), settings(), temperature=1.0)
-    sums, _ = learner.backward(with_unknown, Clock())
+    sums, _, _ = learner.backward(*learner.plans(with_unknown), Clock())
     assert sums.reduced()["tokens"] == 10  # tokens trained: two of the three trajectories of 5
 
 
@@ -463,7 +478,8 @@ def test_an_empty_completion_is_on_neither_path() -> None:
     batch = Batch.of([scored_group(["correct", "correct", "incorrect"], lengths=[0, 4, 0])])
     assert batch.correct.tolist() == [False, True, False]
     assert batch.incorrect.tolist() == [False, False, False]
-    metrics = Learner(tiny_model(), settings(), temperature=1.0).step(batch)
+    learner = Learner(tiny_model(), settings(), temperature=1.0)
+    metrics = learner.step(*learner.plans(batch))
     assert math.isfinite(metrics["loss/mle"])
 
 

@@ -22,7 +22,7 @@ from trainer.storage import Storage
 @pytest.fixture
 def learner() -> Learner:
     made = Learner(tiny_model(), TrainerConfig(), temperature=1.0)
-    made.step(Batch.of([scored_group(["correct", "incorrect"])]))
+    made.step(*made.plans(Batch.of([scored_group(["correct", "incorrect"])])))
     return made
 
 

@@ -63,17 +63,17 @@ def test_adapters_begin_as_the_model_itself() -> None:
 def test_gradients_are_pefts() -> None:
     ours = learner()
     data = batch()
-    ours.backward(data, Clock())
+    ours.backward(*ours.plans(data), Clock())
     theirs = peft_model(ours)
     (group,) = data.groups
     total: Tensor = torch.zeros(())
-    for place, t in enumerate(group.rollout.trajectories):  # one of each path: weights are 1
+    for index, t in enumerate(group.rollout.trajectories):  # one of each path: weights are 1
         ids = torch.tensor([*group.prompt.token_ids.tolist(), *t.token_ids.tolist()])
         logits = theirs(ids[None]).logits[0, len(group.prompt.token_ids) - 1 : -1]
         chosen = logits.log_softmax(-1).gather(1, torch.tensor(t.token_ids)[:, None].long())[:, 0]
         ratio = (chosen - torch.tensor(t.logprobs)).exp()
         ratio = ratio * (2.0 / ratio.detach()).clamp(max=1.0)
-        pull = 1.0 if place == 0 else torch.tensor(group.teacher_logprobs[1]) - chosen.detach()
+        pull = 1.0 if index == 0 else torch.tensor(group.teacher_logprobs[1]) - chosen.detach()
         total = total - (ratio * pull).sum()
     total.backward()
     expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
@@ -86,7 +86,8 @@ def test_gradients_are_pefts() -> None:
 
 def test_what_is_published_is_pefts_merge_and_training_is_not_disturbed() -> None:
     ours = learner()
-    before = ours.step(batch())
+    plan = ours.plans(batch())[0]
+    before = ours.step(plan)
     merged = peft_model(ours).merge_and_unload()
     weights = ours.weights()
     assert weights is not None
@@ -100,8 +101,8 @@ def test_what_is_published_is_pefts_merge_and_training_is_not_disturbed() -> Non
         torch.tensor(weights.probe_logprobs), expected.detach(), rtol=1e-4, atol=1e-4
     )
     again = learner()
-    assert again.step(batch()) == before
-    assert again.step(batch()) == ours.step(batch())  # which has published in between
+    assert again.step(plan) == before
+    assert again.step(plan) == ours.step(plan)  # which has published in between
 
 
 def test_both_exports_load_and_agree(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_key_that_it_lacks_is_one_sentence(config: ObjectiveConfig, tmp_path: 
 def test_a_learner_trains_with_it(config: ObjectiveConfig) -> None:
     learner = Learner(tiny_model(), TrainerConfig(objective=config), temperature=1.0)
     before = [p.detach().clone() for p in learner.model.parameters()]
-    metrics = learner.step(Batch.of([scored_group(["correct", "incorrect"])]))
+    metrics = learner.step(*learner.plans(Batch.of([scored_group(["correct", "incorrect"])])))
     assert metrics["actor/grad_norm"] > 0
     assert any(
         not torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True)

@@ -24,6 +24,7 @@ from trainer.batch import Batch
 from trainer.checkpoint import Progress, Saver, latest
 from trainer.config import LoraConfig, OptimizerConfig, TrainerConfig
 from trainer.learner import Clock, Learner
+from trainer.step_plan import StepPlan
 from trainer.storage import Storage
 
 
@@ -101,20 +102,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(learner: Learner, groups: list[ScoredGroup]) -> Batch:
-    batch = Batch.of(groups)
-    return batch.part(learner.shares(batch)[learner._rank])
+def own_plan(learner: Learner, groups: list[ScoredGroup]) -> StepPlan:
+    return learner.plans(Batch.of(groups))[learner._rank]
 
 
 def outcome(learner: Learner) -> dict[str, Any]:
     """Gradients of one backward, then what two steps lead to. A rank holds no sequences but
     those that it works on."""
-    batch = own_part(learner, groups())
-    learner.backward(batch, Clock())
+    plan = own_plan(learner, groups())
+    learner.backward(plan, Clock())
     learner.student.sum_gradients()
     gradients = {n: whole(p.grad).clone() for n, p in learner.student.trained.items()}
     learner._optimizer.zero_grad()
-    metrics = [learner.step(batch), learner.step(own_part(learner, groups()[2:]))]  # idle
+    metrics = [learner.step(plan), learner.step(own_plan(learner, groups()[2:]))]  # idle
     weights = learner.weights()
     return {
         "gradients": gradients,
@@ -147,15 +147,15 @@ def _rank(rank: int, ranks: int, directory: str) -> None:
             torch.save(gradients, f"{directory}/{family}, {way}.pt")
     save(made("shards"), Path(directory) / "from two")
     resumed = load(made("shards", seed=5), Path(directory) / "from one")
-    torch.save(resumed.step(own_part(resumed, groups())), f"{directory}/resumed {rank}.pt")
+    torch.save(resumed.step(own_plan(resumed, groups())), f"{directory}/resumed {rank}.pt")
     dist.destroy_process_group()
 
 
 def messages(learner: Learner) -> dict[str, int]:
     """What one backward over several micro-batches sends, by kind."""
-    batch = own_part(learner, groups())
+    plan = own_plan(learner, groups())
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        learner.backward(batch, Clock())
+        learner.backward(plan, Clock())
     return {event.key: event.count for event in profiled.key_averages() if "c10d::" in event.key}
 
 
@@ -179,7 +179,7 @@ def unsharded_bytes(learner: Learner) -> int:
 
 def save(learner: Learner, directory: Path) -> None:
     """Trains a step and writes a checkpoint."""
-    learner.step(own_part(learner, groups()))
+    learner.step(own_plan(learner, groups()))
     saver = Saver(Storage(directory), keep_last=1)
     saver.save(learner.state(), Progress(1, [], []))
     saver.finish()
@@ -264,14 +264,14 @@ def test_gradients_are_held_whole_and_in_float32_until_they_travel(two_ranks: Pa
 
 @pytest.mark.slow
 def test_a_checkpoint_of_one_rank_goes_on_in_two_and_back(two_ranks: Path) -> None:
-    batch = Batch.of(groups())
     straight = made("shards", alone=True)
-    straight.step(batch)
-    expected = straight.step(batch)
+    (plan,) = straight.plans(Batch.of(groups()))
+    straight.step(plan)
+    expected = straight.step(plan)
     from_two = load(made("shards", alone=True, seed=5), two_ranks / "from two")
     assert from_two.step_number == 1
     for got in (
-        from_two.step(batch),
+        from_two.step(plan),
         torch.load(two_ranks / "resumed 0.pt"),
         torch.load(two_ranks / "resumed 1.pt"),
     ):

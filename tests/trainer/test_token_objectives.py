@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -57,7 +58,7 @@ def advantage(seen: Tokens, kind: str, **settings: Any) -> list[float]:
 
 
 def gradients(learner: Learner, batch: Batch) -> list[Tensor]:
-    learner.backward(batch, Clock())
+    learner.backward(*learner.plans(batch), Clock())
     return [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
 
 
@@ -87,7 +88,7 @@ def _rank(rank: int, directory: str) -> None:
         config = config_of(kind, 25, parallel="ddp")
         learner = Learner(tiny_model(), config, temperature=0.6)
         batch = Batch.of(groups(kind))
-        learner.backward(batch.part(learner.shares(batch)[rank]), Clock())
+        learner.backward(learner.plans(batch)[rank], Clock())
         learner.student.sum_gradients()
         found = [p.grad.clone() for p in learner.model.parameters() if p.grad is not None]
         torch.save(found, f"{directory}/{kind} {rank}.pt")
@@ -111,13 +112,14 @@ def test_a_teacher_that_excludes_a_token_breaks_no_weight(kind: str) -> None:
         for values in group.teacher_logprobs.values():
             values[:1] = -3e38
     learner = Learner(tiny_model(), config_of(kind), temperature=1.0)
-    learner.step(Batch.of(data))
+    learner.step(*learner.plans(Batch.of(data)))
     assert all(bool(torch.isfinite(p).all()) for p in learner.model.parameters())
 
 
 # ------------------------------------------------------------- what a trajectory's tokens are
 
 
+@hypothesis.settings(deadline=None)
 @given(st.lists(st.lists(st.integers(-9, 9), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_sums_and_ranks_stay_within_a_trajectory(rows: list[list[int]]) -> None:
     seen = tokens(*map(len, rows))
@@ -322,7 +324,7 @@ def test_a_hundred_steps_of_reverse_kl_over_two_tokens_keep_the_teachers_mass(wh
         ids = np.ascontiguousarray(wanted if whose == "teacher" else two_of_the_student())
         values = np.log(np.take_along_axis(theirs, ids, 1)).astype(np.float32)
         batch = Batch.of([replace(data, teacher_top={0: TopTokens(ids, values)})])
-        steps.append(learner.step(batch))
+        steps.append(learner.step(*learner.plans(batch)))
     assert all(math.isfinite(step["actor/grad_norm"]) for step in steps)
     assert steps[-1]["kl/student_teacher"] < 0.01 * steps[0]["kl/student_teacher"]
     (now,) = packed.score_top(learner.model, whole, [len(prompt)], 2)

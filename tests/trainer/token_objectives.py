@@ -215,13 +215,13 @@ def groups(kind: str) -> list[ScoredGroup]:
 def _of_a_teacher(group: ScoredGroup, k: int, *, of_student: bool) -> ScoredGroup:
     teacher, student = tiny_model(seed=1, spread=0.4), tiny_model()
     logprobs, tops, entropy = {}, {}, {}
-    for place, trajectory in enumerate(group.rollout.trajectories):
-        table = _table(teacher, group, place, 1.0).detach()
+    for index, trajectory in enumerate(group.rollout.trajectories):
+        table = _table(teacher, group, index, 1.0).detach()
         chosen = torch.tensor(trajectory.token_ids)[:, None].long()
-        logprobs[place] = table.gather(1, chosen)[:, 0].numpy()
-        ids = (_table(student, group, place, 1.0).detach() if of_student else table).topk(k).indices
-        tops[place] = TopTokens(ids.numpy().astype(np.int32), table.gather(1, ids).numpy())
-        entropy[place] = -(table.exp() * table).sum(1).numpy()
+        logprobs[index] = table.gather(1, chosen)[:, 0].numpy()
+        ids = (_table(student, group, index, 1.0).detach() if of_student else table).topk(k).indices
+        tops[index] = TopTokens(ids.numpy().astype(np.int32), table.gather(1, ids).numpy())
+        entropy[index] = -(table.exp() * table).sum(1).numpy()
     return replace(group, teacher_logprobs=logprobs, teacher_top=tops, teacher_entropy=entropy)
 
 
@@ -242,27 +242,27 @@ def expected_gradients(kind: str, temperature: float) -> list[Tensor]:
     for group in data:
         outcomes = [v.outcome for v in group.verified.verdicts]
         known = [o == "correct" for o in outcomes if o != "unknown"]
-        for place, outcome in enumerate(outcomes):
+        for index, outcome in enumerate(outcomes):
             if outcome == "unknown":
                 continue
-            trajectory = group.rollout.trajectories[place]
+            trajectory = group.rollout.trajectories[index]
             own = torch.tensor(trajectory.sampled)
             chosen = torch.tensor(trajectory.token_ids)[own][:, None].long()
-            at_one, hot = (_table(model, group, place, t)[own] for t in (1.0, temperature))
+            at_one, hot = (_table(model, group, index, t)[own] for t in (1.0, temperature))
             sampling = hot.gather(1, chosen)[:, 0]
             behaviour = torch.tensor(trajectory.logprobs)[own]
-            top = group.teacher_top[place]
+            top = group.teacher_top[index]
             mine = _with_tail(at_one.gather(1, torch.tensor(top.ids).long()[own]))
             theirs = _with_tail(torch.tensor(top.logprobs)[own])
             row = Row(
                 student=at_one.gather(1, chosen)[:, 0].tolist(),
-                teacher=group.teacher_logprobs[place][trajectory.sampled].tolist(),
+                teacher=group.teacher_logprobs[index][trajectory.sampled].tolist(),
                 behaviour=behaviour.tolist(),
                 correct=outcome == "correct",
                 group=known,
                 student_top=mine.tolist(),
                 teacher_top=theirs.tolist(),
-                entropy=group.teacher_entropy[place][trajectory.sampled].tolist(),
+                entropy=group.teacher_entropy[index][trajectory.sampled].tolist(),
             )
             ratio = (sampling - behaviour).exp()
             capped = ratio * (2.0 / ratio.detach()).clamp(max=1.0)
@@ -282,9 +282,9 @@ def _with_tail(logprobs: Tensor) -> Tensor:
     return torch.cat([logprobs, torch.log1p(-logprobs.exp().sum(1, keepdim=True))], 1)
 
 
-def _table(model: PreTrainedModel, group: ScoredGroup, place: int, temperature: float) -> Tensor:
+def _table(model: PreTrainedModel, group: ScoredGroup, index: int, temperature: float) -> Tensor:
     """[L, V] log-probs at each token of a trajectory."""
-    trajectory = group.rollout.trajectories[place]
+    trajectory = group.rollout.trajectories[index]
     ids = torch.tensor([*group.prompt.token_ids.tolist(), *trajectory.token_ids.tolist()])
     logits = model(ids[None]).logits[0, len(group.prompt.token_ids) - 1 : -1]
     return (logits / temperature).log_softmax(-1)
