@@ -27,7 +27,7 @@ def problems(config: RunConfig, teacher: TeacherConfig, chosen: Objective[Any]) 
     settings = config.trainer.objective
     if not chosen.reads_chunks(settings):
         yield (
-            f"the objective {settings.kind!r} with divergence: {settings.divergence} reads the "
+            f"the objective {settings.kind!r} with divergence: {settings.pull} reads the "
             f"teacher's log-probs of single tokens, and tokenizer: own gives those of chunks: "
             f"choose one that reads log-ratios alone, such as scope or opd with divergence: sampled"
         )

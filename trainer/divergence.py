@@ -10,12 +10,11 @@ Axes: `C` completion tokens, `k` most likely tokens.
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd"]
+from trainer.objectives.config import Divergence
 
 # What float32 cannot tell from 0 in a sum of 1 is taken for this much. Less would make the tail's
 # gradient, which is divided by it, one of rounding errors.

@@ -191,8 +191,8 @@ class Learner:
         loss = weight * self.objective.advantage(tokens, config)
         gap = -tokens.share
         diverge = self.objective.divergence(tokens, config)
-        if diverge is not None and config.divergence != "sampled" and micro.top_logprobs is not None:
-            gap = divergence(every_logprob[0, :, 1:], micro.top_logprobs, config.divergence)
+        if diverge is not None and config.pull != "sampled" and micro.top_logprobs is not None:
+            gap = divergence(every_logprob[0, :, 1:], micro.top_logprobs, config.pull)
             gap = torch.where(tokens.distil != 0, gap, 0.0)
             loss = loss + diverge * gap
         with torch.no_grad():

@@ -42,7 +42,7 @@ from services.trajectory import (
 from services.weights import copy_weights
 from trainer.config import OptimizerConfig, TrainerConfig
 from trainer.learner import Learner
-from trainer.objectives.config import ObjectiveConfig
+from trainer.objectives.config import LogRatioConfig, ObjectiveConfig
 from verifier import exact
 
 STUDENT, TEACHER = HERE / "study-student", HERE / "study-teacher"
@@ -71,7 +71,9 @@ class Experiment:
     @property
     def objective(self) -> ObjectiveConfig:
         settings = self.settings or {"kind": self.name}
-        return ObjectiveConfig.model_validate({"log_ratio_bound": LOG_RATIO_BOUND} | settings)
+        bounded = issubclass(ObjectiveConfig.class_for(settings), LogRatioConfig)
+        bound = {"log_ratio_bound": LOG_RATIO_BOUND} if bounded else {}
+        return ObjectiveConfig.model_validate(bound | settings)
 
 
 METHODS = [Experiment(name, 5) for name in ("scope", "opd", "grpo", "rft", "kdrl", "kd")]

@@ -39,7 +39,7 @@ from examples.smollm.task import (
 from rollout.prompts import Row
 from services.trajectory import Verdict
 from trainer.config import TrainerConfig
-from trainer.objectives.config import ObjectiveConfig
+from trainer.objectives.config import LogRatioConfig, ObjectiveConfig
 from verifier import math_answer
 
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
@@ -92,7 +92,8 @@ def _judge(text: str, reference: str) -> Verdict:
 def settings(name: str) -> TrainerConfig:
     """`run.yaml`'s, with the objective of an experiment."""
     shipped = load(CONFIG).trainer
-    bound = {"log_ratio_bound": shipped.objective.log_ratio_bound}
+    bounded = issubclass(ObjectiveConfig.class_for(EXPERIMENTS[name]), LogRatioConfig)
+    bound = {"log_ratio_bound": shipped.objective.bound} if bounded else {}
     chosen = ObjectiveConfig.model_validate(bound | EXPERIMENTS[name])
     return shipped.model_copy(update={"objective": chosen})
 

@@ -51,7 +51,7 @@ def test_replicas_are_reserved_of_every_teacher_that_the_run_serves_and_asks() -
 def test_kd_reserves_a_worker_that_samples_from_the_student_for_evaluations() -> None:
     demo = ROOT / "deploy/runs/demo.yaml"
     assert "evaluation worker" not in {role.name for role in reservations(load(demo))}
-    kd = reservations(load(demo, ["trainer.objective.kind=kd"]))
+    kd = reservations(load(demo, ["trainer.objective={kind: kd}"]))
     assert (kd[-1].name, kd[-1].count) == ("evaluation worker", 1)
 
 

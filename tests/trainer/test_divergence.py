@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.divergence import Divergence, divergence
+from trainer.divergence import divergence
+from trainer.objectives.config import Divergence
 
 
 def distributions(seed: int) -> tuple[Tensor, Tensor]:

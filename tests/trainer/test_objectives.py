@@ -23,7 +23,7 @@ from trainer.objectives.config import (
 from trainer.objectives.kinds import objective
 from trainer.objectives.log_ratio import opd
 from trainer.objectives.paths import scope
-from trainer.objectives.rewards import grpo, kd, kdrl, rft
+from trainer.objectives.rewards import everything, grpo, kdrl, rft
 
 SWITCHES = (  # the authors' names
     "tau",
@@ -120,7 +120,7 @@ def test_rft_reinforces_the_correct_alike() -> None:
 
 
 def test_kd_learns_all_that_the_teacher_wrote() -> None:
-    made = kd(MIXED, KdConfig())
+    made = everything(MIXED, KdConfig())
     assert made.reinforce.tolist() == pytest.approx([1 / 4] * 4 + [0] + [1 / 3] * 3)
     assert not made.distil.any()
 
@@ -170,6 +170,21 @@ def test_a_setting_of_another_kind_is_refused_by_name(setting: str, owner: str) 
             ObjectiveConfig.model_validate({"kind": kind, setting: 1})
         with pytest.raises(ValidationError, match=f"{setting} is a setting of {owner}, not of"):
             OBJECTIVES[kind].model_validate({setting: 1})
+
+
+READS = {  # of what the teacher says, and what of that can be set
+    "log_ratio_bound": "scope opd kdrl iw_opd sg_opd vopd ta_opd tgopd eopd",
+    "divergence": "scope opd kdrl srpo",
+    "top_k": "scope opd kdrl vopd ta_opd eopd srpo",
+    "top_k_of": "scope opd kdrl vopd eopd srpo",
+    "entropy": "eopd srpo",
+}
+
+
+@pytest.mark.parametrize("setting", READS)
+def test_a_kind_has_the_settings_that_it_reads_and_no_others(setting: str) -> None:
+    having = {kind for kind, one in OBJECTIVES.items() if setting in one.model_fields}
+    assert having == set(READS[setting].split())
 
 
 def test_only_what_is_needed_is_scored() -> None:

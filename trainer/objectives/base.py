@@ -156,7 +156,7 @@ class Tokens:
 
 def plain_advantage(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
     """[C] the trajectory's coefficients, and nothing of the token but its log-ratio."""
-    if config.divergence != "sampled":
+    if config.pull != "sampled":
         return tokens.reinforce
     return tokens.reinforce + tokens.distil * bounded(tokens.log_ratio, config)
 
@@ -164,12 +164,12 @@ def plain_advantage(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
 def plain_divergence(tokens: Tokens, config: ObjectiveConfig) -> Tensor | None:
     """[C] the weight of each token's divergence from the teacher; None where the log-ratio of the
     sampled token stands for it."""
-    return None if config.divergence == "sampled" else tokens.distil
+    return None if config.pull == "sampled" else tokens.distil
 
 
 def bounded(log_ratio: Tensor, config: ObjectiveConfig) -> Tensor:
-    """[C] within `log_ratio_bound`."""
-    bound = config.log_ratio_bound
+    """[C] within the config's `bound`."""
+    bound = config.bound
     return log_ratio.clamp(-bound, bound) if bound else log_ratio
 
 

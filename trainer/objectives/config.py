@@ -6,11 +6,13 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from services.config import Config
+
+Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 class ObjectiveConfig(Config):
@@ -21,35 +23,37 @@ class ObjectiveConfig(Config):
     """One of `OBJECTIVES`, or "package.module:NAME" of your own (docs/objectives.md)."""
     normalization: Literal["paper", "released"] = "paper"
     """Weights of a path sum to 1 (paper) or have mean 1 (the authors' released code)."""
-    log_ratio_bound: float | None = Field(default=None, gt=0)
-    """Bound in nats on |log π_T − log π_S| of one token; None follows the paper."""
-    divergence: Literal["sampled", "forward_kl", "reverse_kl", "jsd"] = "sampled"
-    """What pulls a trajectory towards the teacher: the sampled tokens' log-ratio (paper), or a
-    divergence over the `top_k` most likely tokens and all others together, which has less noise
-    and asks more of the teacher. `log_ratio_bound` is of the sampled one only."""
-    top_k: int = Field(default=32, ge=1)
-    top_k_of: Literal["teacher", "student"] = "teacher"
-    """Whose most likely tokens these are. The student's are those of the weights that sampled, and
-    the teacher is asked to score them."""
     is_ratio_cap: float = Field(default=2.0, gt=0)
     """Truncation of the importance ratio ρ to the policy that sampled."""
     aggregation: Literal["group", "token"] = "group"
     """The loss is a mean over prompts (paper) or over the tokens that are trained."""
 
     @property
+    def pull(self) -> Literal["sampled"] | Divergence:
+        """What pulls a trajectory towards the teacher: the sampled tokens' log-ratio, or a
+        divergence over the most likely tokens."""
+        return "sampled"
+
+    @property
+    def bound(self) -> float | None:
+        """Bound in nats on |log π_T − log π_S| of one token; None: there is none."""
+        return None
+
+    @property
     def top_tokens(self) -> int:
         """At how many tokens of each place student and teacher are compared."""
-        return 0 if self.divergence == "sampled" else self.top_k
+        return 0
+
+    @property
+    def student_top(self) -> int:
+        """How many of the student's most likely tokens are needed at each place, with what the
+        teacher says of them."""
+        return 0
 
     @property
     def teacher_top(self) -> int:
         """How many of the teacher's most likely tokens are needed at each place."""
-        return self.top_tokens if self.top_k_of == "teacher" else 0
-
-    @property
-    def student_top(self) -> int:
-        """How many of the student's are, with what the teacher says of them."""
-        return self.top_tokens if self.top_k_of == "student" else 0
+        return self.top_tokens - self.student_top
 
     @property
     def teacher_entropy(self) -> bool:
@@ -90,7 +94,58 @@ class ObjectiveConfig(Config):
                 raise ValueError(f"{key} is a setting of {' and '.join(having)}, not of {kind}")
 
 
-class ScopeConfig(ObjectiveConfig):
+class LogRatioConfig(ObjectiveConfig):
+    """Of one that reads the log-ratio of sampled tokens to the teacher."""
+
+    log_ratio_bound: float | None = Field(default=None, gt=0)
+    """Bound in nats on |log π_T − log π_S| of one token; None follows the paper."""
+
+    @property
+    def bound(self) -> float | None:
+        """The setting."""
+        return self.log_ratio_bound
+
+
+class TopTokensConfig(ObjectiveConfig):
+    """Of one that compares student and teacher at the `top_k` most likely tokens and, as one more
+    outcome, all others."""
+
+    top_k: int = Field(default=32, ge=1)
+    top_k_of: Literal["teacher", "student"] = "teacher"
+    """Whose most likely tokens these are. The student's are those of the weights that sampled, and
+    the teacher is asked to score them."""
+
+    @property
+    def top_tokens(self) -> int:
+        """The setting."""
+        return self.top_k
+
+    @property
+    def student_top(self) -> int:
+        """All or none, by the setting."""
+        return self.top_tokens if self.top_k_of == "student" else 0
+
+
+class TaughtConfig(LogRatioConfig, TopTokensConfig):
+    """Of one that pulls trajectories towards the teacher, in whichever way the settings say."""
+
+    divergence: Literal["sampled"] | Divergence = "sampled"
+    """What pulls a trajectory towards the teacher: the sampled tokens' log-ratio (paper), or a
+    divergence over the `top_k` most likely tokens and all others together, which has less noise
+    and asks more of the teacher. `log_ratio_bound` is of the sampled one only."""
+
+    @property
+    def pull(self) -> Literal["sampled"] | Divergence:
+        """The setting."""
+        return self.divergence
+
+    @property
+    def top_tokens(self) -> int:
+        """None where the sampled tokens are all that is read."""
+        return 0 if self.divergence == "sampled" else self.top_k
+
+
+class ScopeConfig(TaughtConfig):
     """SCOPE. Names follow the authors' README; the defaults follow the paper."""
 
     kind: Literal["scope"] = "scope"
@@ -111,7 +166,7 @@ class ScopeConfig(ObjectiveConfig):
     the teacher path of a trajectory starts at its first such token. None: at its beginning."""
 
 
-class OpdConfig(ObjectiveConfig):
+class OpdConfig(TaughtConfig):
     """On-policy distillation."""
 
     kind: Literal["opd"] = "opd"
@@ -129,7 +184,7 @@ class RftConfig(ObjectiveConfig):
     kind: Literal["rft"] = "rft"
 
 
-class KdrlConfig(ObjectiveConfig):
+class KdrlConfig(TaughtConfig):
     """GRPO and on-policy distillation together."""
 
     kind: Literal["kdrl"] = "kdrl"
@@ -143,13 +198,7 @@ class KdConfig(ObjectiveConfig):
     kind: Literal["kd"] = "kd"
 
 
-class TokenConfig(ObjectiveConfig):
-    """Of an objective that makes its own advantages of tokens, in the divergence's place."""
-
-    divergence: Literal["sampled"] = "sampled"
-
-
-class PowerOpdConfig(TokenConfig):
+class PowerOpdConfig(ObjectiveConfig):
     """PowerOPD: a bounded advantage."""
 
     kind: Literal["power_opd"] = "power_opd"
@@ -157,7 +206,7 @@ class PowerOpdConfig(TokenConfig):
     """The power. A large one listens to likely tokens only; the paper tries 0.1 to 500."""
 
 
-class IwOpdConfig(TokenConfig):
+class IwOpdConfig(LogRatioConfig):
     """IW-OPD: early tokens weigh more."""
 
     kind: Literal["iw_opd"] = "iw_opd"
@@ -165,16 +214,7 @@ class IwOpdConfig(TokenConfig):
     """What the first token weighs more than the last."""
 
 
-class TopTokensConfig(TokenConfig):
-    """Of one that looks at the `top_k` most likely tokens too."""
-
-    @property
-    def top_tokens(self) -> int:
-        """At how many tokens of each place student and teacher are compared."""
-        return self.top_k
-
-
-class SgOpdConfig(TokenConfig):
+class SgOpdConfig(LogRatioConfig):
     """SG-OPD: the verdict says how far a token's log-ratio is trusted."""
 
     kind: Literal["sg_opd"] = "sg_opd"
@@ -184,24 +224,34 @@ class SgOpdConfig(TokenConfig):
     """Factor of the others."""
 
 
-class VopdConfig(TopTokensConfig):
+class VopdConfig(LogRatioConfig, TopTokensConfig):
     """vOPD: the log-ratio without its expectation."""
 
     kind: Literal["vopd"] = "vopd"
     top_k_of: Literal["teacher", "student"] = "student"
 
 
-class TaOpdConfig(TopTokensConfig):
+class TaOpdConfig(LogRatioConfig):
     """TA-OPD: the most teachable tokens only."""
 
     kind: Literal["ta_opd"] = "ta_opd"
     top_k: int = Field(default=16, ge=1)
-    top_k_of: Literal["student"] = "student"
+    """How many of the student's most likely tokens student and teacher are compared at."""
     fraction: float = Field(default=0.05, gt=0, le=1)
     """Of each trajectory's tokens."""
 
+    @property
+    def top_tokens(self) -> int:
+        """The setting."""
+        return self.top_k
 
-class OpsaConfig(TokenConfig):
+    @property
+    def student_top(self) -> int:
+        """All of them."""
+        return self.top_k
+
+
+class OpsaConfig(ObjectiveConfig):
     """OPSA: unlikely tokens become less likely, and nobody teaches."""
 
     kind: Literal["opsa"] = "opsa"
@@ -211,7 +261,7 @@ class OpsaConfig(TokenConfig):
     """Their advantage, negated."""
 
 
-class TgopdConfig(TokenConfig):
+class TgopdConfig(LogRatioConfig):
     """TGOPD: a teacher for prompts on which it is reliable, GRPO for the others."""
 
     kind: Literal["tgopd"] = "tgopd"
@@ -219,7 +269,7 @@ class TgopdConfig(TokenConfig):
     """Nats a token by which the teacher must find correct answers likelier than incorrect ones."""
 
 
-class EntropyConfig(ObjectiveConfig):
+class EntropyConfig(TopTokensConfig):
     """Of one that asks how certain the teacher is."""
 
     entropy: Literal["vocabulary", "top_k"] = "vocabulary"
@@ -232,24 +282,33 @@ class EntropyConfig(ObjectiveConfig):
         return self.entropy == "vocabulary"
 
 
-class EopdConfig(EntropyConfig):
+class EopdConfig(LogRatioConfig, EntropyConfig):
     """EOPD: what an uncertain teacher would say is learned as a whole."""
 
     kind: Literal["eopd"] = "eopd"
-    divergence: Literal["forward_kl"] = "forward_kl"
     entropy_threshold: float = Field(default=0.8, ge=0)
     """Nats of the teacher from which on the forward KL is added."""
     entropy_width: float | None = Field(default=None, gt=0)
     """Nats over which it sets in: its weight is sigmoid((H − threshold) / width). None: at once."""
+
+    @property
+    def pull(self) -> Divergence:
+        """Beside the log-ratio."""
+        return "forward_kl"
 
 
 class SrpoConfig(EntropyConfig):
     """SRPO: GRPO on the correct, distillation by a certain teacher on the incorrect."""
 
     kind: Literal["srpo"] = "srpo"
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
+    divergence: Divergence = "reverse_kl"
     beta: float = Field(default=1.0, ge=0)
     """How strongly the teacher's entropy lowers a token's weight; 0: not at all."""
+
+    @property
+    def pull(self) -> Divergence:
+        """The setting."""
+        return self.divergence
 
 
 OBJECTIVES: Mapping[str, type[ObjectiveConfig]] = {

@@ -50,9 +50,10 @@ def rft(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
     return Coefficients(reinforce=reinforce, distil=torch.zeros_like(reinforce))
 
 
-def kd(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
-    """Sequence-level distillation (arXiv 1606.07947): maximum likelihood on all of the teacher's
-    own samples, which the verdict does not sort, so that it is the classic baseline."""
+def everything(stats: SequenceStats, config: ObjectiveConfig) -> Coefficients:
+    """All trajectories alike, and no teacher that scores. On the teacher's own samples it is
+    sequence-level distillation (KD, arXiv 1606.07947): the verdict does not sort them, so that it
+    is the classic baseline."""
     reinforce = uniform(stats, stats.correct | stats.incorrect, config)
     return Coefficients(reinforce=reinforce, distil=torch.zeros_like(reinforce))
 
@@ -79,5 +80,5 @@ def tgopd(stats: SequenceStats, config: TgopdConfig) -> Coefficients:
 GRPO = Objective(GrpoConfig, grpo, teacher="none")
 KDRL = Objective(KdrlConfig, kdrl, teacher="all")
 RFT = Objective(RftConfig, rft, teacher="none")
-KD = Objective(KdConfig, kd, teacher="none", sampler="teacher")
+KD = Objective(KdConfig, everything, teacher="none", sampler="teacher")
 TGOPD = Objective(TgopdConfig, tgopd, teacher="all")

@@ -8,7 +8,7 @@ from torch import Tensor
 from trainer.objectives.base import Objective, Tokens, bounded
 from trainer.objectives.config import OpsaConfig, TaOpdConfig
 from trainer.objectives.log_ratio import opd
-from trainer.objectives.rewards import kd
+from trainer.objectives.rewards import everything
 
 
 def ta_advantage(tokens: Tokens, config: TaOpdConfig) -> Tensor:
@@ -44,4 +44,4 @@ def opsa_advantage(tokens: Tokens, config: OpsaConfig) -> Tensor:
 
 
 TA_OPD = Objective(TaOpdConfig, opd, teacher="all", advantage=ta_advantage)
-OPSA = Objective(OpsaConfig, kd, teacher="none", advantage=opsa_advantage)
+OPSA = Objective(OpsaConfig, everything, teacher="none", advantage=opsa_advantage)
