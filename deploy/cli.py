@@ -15,6 +15,7 @@ import typer
 
 from deploy.config import ConfigError, dump, load, load_demo, load_other, load_teachers
 from deploy.entry import importing
+from services.errors import ScopeError
 
 if TYPE_CHECKING:
     from deploy.remote import Remote
@@ -342,18 +343,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
-    except ConfigError as error:
+    except (ConfigError, ScopeError) as error:
         _fail(str(error))
     except ImportError as error:
         _fail(f"the package {error.name} is missing or broken: run `make install`")
-    except RuntimeError as error:
-        # The run's own errors are RuntimeErrors by type name; anything else is a fault of ours.
-        if type(error).__module__.partition(".")[0] not in _OURS:
-            raise
-        _fail(str(error))
-
-
-_OURS = frozenset({"deploy", "services", "rollout", "verifier", "teacher", "trainer"})
 
 
 def _fail(message: str) -> None:

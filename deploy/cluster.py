@@ -10,12 +10,13 @@ from typing import Any
 import ray
 
 from deploy.config import RayConfig
+from services.errors import RunFailed
 from teacher.serve import ENVIRONMENT
 
 _TRIES = 3
 
 
-class NoRay(RuntimeError):
+class NoRay(RunFailed):
     """Ray does not start on this machine; the message is what it said."""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from deploy.accuracy import Estimate, average, passed, passed_bootstrap
 from rollout.prompts import PromptSource
 from services.disk import write_whole
+from services.errors import RunFailed
 from services.pipeline import EVAL
 from services.stage import Connection
 from services.streams import Streams, claim
@@ -26,7 +27,7 @@ from services.trajectory import VerifiedGroup, decode, encode
 CONSUMER = "evaluator"
 
 
-class EvaluationStalled(RuntimeError):
+class EvaluationStalled(RunFailed):
     """An evaluation did not finish in time; the message says where its prompts are."""
 
 

@@ -28,6 +28,7 @@ from ray.util.placement_group import (
 from deploy.config import RunConfig
 from deploy.roles import roles
 from services.config import DEFAULT_TEACHER, HEAD, Resources
+from services.errors import RunFailed
 from trainer.objectives.kinds import objective
 
 _FIRST_WORD_S = 3.0
@@ -38,7 +39,7 @@ _POLL_S = 0.1
 Bundle = Mapping[str, float]
 
 
-class NoRoom(RuntimeError):
+class NoRoom(RunFailed):
     """The cluster cannot hold the run; the message says what is missing and what there is."""
 
 

@@ -24,6 +24,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from deploy.config import RunConfig, dump
+from services.errors import RunFailed
 from services.tasks import beside
 
 _STOP_S = 60  # for a run to stop in order, before Ray kills it
@@ -38,7 +39,7 @@ class _Interrupted(Exception):
     """Ctrl-C. Not KeyboardInterrupt itself: from a task, that ends the loop at once."""
 
 
-class RemoteError(RuntimeError):
+class RemoteError(RunFailed):
     """The cluster cannot be reached, refuses access, or the command failed there."""
 
 

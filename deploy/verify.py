@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
+from services.errors import RunFailed
 from services.trajectory import Verdict
 from verifier.config import CodeConfig, VerifierConfig
 from verifier.judges import Judges
@@ -26,7 +27,7 @@ _AHEAD = 8  # lines that are read for each that is judged
 _OURS = ("completion", "reference", "data_source")
 
 
-class BadRow(RuntimeError):
+class BadRow(RunFailed):
     """The file or the kind is not to be judged. The message says why."""
 
 

@@ -10,8 +10,9 @@
     │   └── PatienceExceeded
     └── RunFailed           ends a run
 
-Rooms derive their own kinds from these. Any other exception is a fault of the code: the item is
-given back with the traceback, and is given up after `stage.max_deliveries`.
+Rooms derive their own kinds from these, and the `scope` command ends with the message of any. Any
+other exception is a fault of the code: the item is given back with the traceback, and is given up
+after `stage.max_deliveries`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from redis.exceptions import NoPermissionError, OutOfMemoryError, RedisError, Re
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.config import RedisConfig
-from services.errors import PatienceExceeded
+from services.errors import PatienceExceeded, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _ANSWER_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-class RedisUnavailable(RuntimeError):
+class RedisUnavailable(Unavailable):
     """Redis could not be started or reached; the message says what was tried."""
 
 

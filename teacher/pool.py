@@ -56,7 +56,7 @@ _SHORTEST_HEDGE_S = 0.5
 _HEDGED = 0.1  # of all requests at most: hedging must not become the load it is to mend
 
 
-class MissingKey(RuntimeError):
+class MissingKey(WorkerFailed):
     """An API key is not where the config says."""
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from services import engines
 from services.engines import EngineError
+from services.errors import EngineDied
 from services.models import fingerprint, steady_tokens, text_config
 from teacher.api import Limits, ModelCard, Tokens
 from teacher.config import TeacherConfig
@@ -61,7 +62,7 @@ class ScoringError(RuntimeError):
         self.sequence = sequence
 
 
-class ScorerDied(RuntimeError):
+class ScorerDied(EngineDied):
     """What computes is gone; a new scorer is needed."""
 
 

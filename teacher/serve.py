@@ -29,6 +29,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from services.config import HEAD
+from services.errors import RunFailed
 from services.ports import free_port
 from services.redis_server import resolve_url
 from services.weights import WeightFeed
@@ -61,7 +62,7 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 
 
-class TeacherFailed(RuntimeError):
+class TeacherFailed(RunFailed):
     """The teacher did not come up; the message holds what its replica last said."""
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar, get_args
 
+from services.errors import WorkerFailed
 from services.sandbox.inside import LENGTH_BYTES, READY, frame
 
 Level: TypeAlias = Literal["bubblewrap", "landlock"]
@@ -41,7 +42,7 @@ _COUNTS = Path("/proc/vmstat")  # of what the kernel did since it started
 _OTHER_PYTHONS = ("/usr/local/bin/python3", "/usr/bin/python3")
 
 
-class SandboxRefused(RuntimeError):
+class SandboxRefused(WorkerFailed):
     """Code cannot be confined here. The message names what is missing."""
 
 
