@@ -24,6 +24,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -49,42 +50,41 @@ async def ours(url: str, payload: bytes, workers: int, seconds: float) -> float:
     """Groups per second through the pipeline: `workers` workers in each of its three stages,
     fed and settled as the feeder and the learner do it. A stage's work is to return its input."""
     connection = Connection(url, f"bench-{uuid.uuid4()}", StageConfig())
-    streams = connection.streams()
-    await streams.create()
-    stages = [
-        Stage(
-            name=source,
-            consumer=f"{source}-{number}",
-            lanes=[connection.streams()],
-            source=source,
-            target=target,
-            process=_unchanged,
-            capacity=CAPACITY,
-            config=connection.config,
-        )
-        for source, target in itertools.pairwise(PIPELINE.streams)
-        for number in range(workers)
-    ]
-    running = [asyncio.create_task(stage.run()) for stage in stages]
-    started = time.perf_counter()
-    done = fed = 0
-    # Bounded in bytes, or a short run would mostly fill the pipeline.
-    deep = min(workers * CAPACITY, max(workers, IN_FLIGHT_BYTES // len(payload)))
-    while time.perf_counter() < started + seconds:
-        room = deep - (fed - done)
-        if room:
-            _, fed = await streams.feed(
-                [payload] * min(FEED, room), expected_fed=fed, max_in_flight=10**9
+    async with AsyncExitStack() as resources:
+        streams = await resources.enter_async_context(connection.streams())
+        await streams.create()
+        stages = [
+            Stage(
+                name=source,
+                consumer=f"{source}-{number}",
+                lanes=[await resources.enter_async_context(connection.streams())],
+                source=source,
+                target=target,
+                process=_unchanged,
+                capacity=CAPACITY,
+                config=connection.config,
             )
-        items = await claim([streams], "scored", "learner", count=FEED, block_ms=1000)
-        done += await streams.settle("scored", [item.id for item in items])
-        await streams.advance(consumed=done, step=0)
-    elapsed = time.perf_counter() - started
-    for stage in stages:
-        stage.stopping.set()
-    await asyncio.gather(*running)
-    for client in [streams, *(lane for stage in stages for lane in stage.lanes)]:
-        await client.redis.aclose()
+            for source, target in itertools.pairwise(PIPELINE.streams)
+            for number in range(workers)
+        ]
+        running = [asyncio.create_task(stage.run()) for stage in stages]
+        started = time.perf_counter()
+        done = fed = 0
+        # Bounded in bytes, or a short run would mostly fill the pipeline.
+        deep = min(workers * CAPACITY, max(workers, IN_FLIGHT_BYTES // len(payload)))
+        while time.perf_counter() < started + seconds:
+            room = deep - (fed - done)
+            if room:
+                _, fed = await streams.feed(
+                    [payload] * min(FEED, room), expected_fed=fed, max_in_flight=10**9
+                )
+            items = await claim([streams], "scored", "learner", count=FEED, block_ms=1000)
+            done += await streams.settle("scored", [item.id for item in items])
+            await streams.advance(consumed=done, step=0)
+        elapsed = time.perf_counter() - started
+        for stage in stages:
+            stage.stopping.set()
+        await asyncio.gather(*running)
     return done / elapsed
 
 

@@ -178,16 +178,13 @@ class _Leader:
         )
 
     def lead(self, progress: Progress | None) -> None:
-        with LoopThread() as runner:
-            try:
-                runner.run(self._reader.start(progress))
-                self._publish()
-                while self._one_step(runner):
-                    pass
-                self._settle(runner, self._saves.take())
-                self._settle(runner, self._saves.last(self._progress(), self._model_writer()))
-            finally:
-                runner.run(self._reader.close())
+        with LoopThread() as runner, runner.holding(self._reader):
+            runner.run(self._reader.start(progress))
+            self._publish()
+            while self._one_step(runner):
+                pass
+            self._settle(runner, self._saves.take())
+            self._settle(runner, self._saves.last(self._progress(), self._model_writer()))
         self._publisher.wait()
         adapters, settings = self._learner.student.adapters(), self._config.trainer.lora
         with exporting(self._config.export) as path:

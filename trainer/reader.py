@@ -20,6 +20,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence, Set
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 from services.errors import BadItem, PatienceExceeded, WorkerDied
 from services.stage import Connection
 from services.streams import Claim, Ledger, claim
+from services.tasks import beside
 from services.teacher_need import TeacherNeed
 from services.trajectory import ScoredGroup, decode, encode
 from trainer.batch import check
@@ -65,6 +67,15 @@ class LoopThread:
         """Waits for `work`'s result."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
+    @contextmanager
+    def holding(self, resource: AbstractAsyncContextManager[T]) -> Iterator[T]:
+        """What `resource` gives, entered and left on this loop."""
+        held = self.run(resource.__aenter__())
+        try:
+            yield held
+        finally:
+            self.run(resource.__aexit__(None, None, None))
+
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -79,7 +90,7 @@ class Taken(NamedTuple):
 
 
 class GroupReader:
-    """Collects scored groups into steps, the next ones while the last is trained on.
+    """Collects scored groups into steps, the next ones while the last is trained on. To be entered.
 
     Args:
         connection: the run.
@@ -119,6 +130,7 @@ class GroupReader:
         self._claiming: asyncio.Task[None]
         self._arrived = asyncio.Event()
         self._closing = False
+        self._resources = AsyncExitStack()
 
     async def start(self, progress: Progress | None) -> None:
         """Settles what the checkpoint contains and replays what it does not.
@@ -190,12 +202,19 @@ class GroupReader:
         await self.streams.settle(self.streams.results, entries)
         del self.unsettled[: len(entries)]
 
-    async def close(self) -> None:
-        """Stops claiming. What was claimed and not trained on is replayed to the next reader."""
+    async def __aenter__(self) -> GroupReader:
+        await self._resources.enter_async_context(self.streams)
+        self._resources.push_async_callback(self._stop_claiming)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """What was claimed and not trained on is replayed to the next reader."""
+        await self._resources.aclose()
+
+    async def _stop_claiming(self) -> None:
         self._closing = True
         if hasattr(self, "_claiming"):
             await asyncio.wait({self._claiming})
-        await self.streams.redis.aclose()
 
     def _open(self, dead: Set[int]) -> Iterator[int]:
         """Orders that no step has used and that are not dead, the first fed first."""
@@ -230,19 +249,16 @@ class GroupReader:
             redis.exceptions.RedisError: Redis failed through all of the client's retries.
         """
         self._arrived.clear()
-        arrived = asyncio.create_task(self._arrived.wait())
-        await asyncio.wait(
-            {self._claiming, arrived},
-            timeout=_BLOCK_MS / 1000,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        arrived.cancel()
-        if self._claiming.done():
-            self._claiming.result()
+        await beside(self._arrival(), self._claiming)
+
+    async def _arrival(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_BLOCK_MS / 1000):
+                await self._arrived.wait()
 
     async def _claim(self) -> None:
-        """Claims until `close`. It is never cancelled: a claim whose answer nobody takes would be
-        lost until a restart."""
+        """Claims until the reader is left. It is never cancelled: a claim whose answer nobody takes
+        would be lost until a restart."""
         while not self._closing:
             await self._accept(
                 await claim(

@@ -103,12 +103,11 @@ async def stopped_run(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text(dump(load(ROOT / "deploy/runs/demo.yaml")))
     server = EmbeddedRedis(tmp_path / "redis")
     server.start()
-    streams = Streams(connect(server.url), "demo")
-    await streams.create()
-    await streams.feed([encode(prompt(0))], expected_fed=0, max_in_flight=1)
-    (item,) = await claim([streams], "prompts", "w", count=1, block_ms=100)
-    await streams.bury(item, "rollout: too long", "Traceback: line 3")
-    await streams.redis.aclose()
+    async with Streams(connect(server.url), "demo") as streams:
+        await streams.create()
+        await streams.feed([encode(prompt(0))], expected_fed=0, max_in_flight=1)
+        (item,) = await claim([streams], "prompts", "w", count=1, block_ms=100)
+        await streams.bury(item, "rollout: too long", "Traceback: line 3")
     server.stop()
     return tmp_path
 
@@ -124,11 +123,10 @@ async def test_the_dead_are_listed_shown_and_put_back(stopped_run: Path) -> None
     assert scope("dead", stopped_run).stdout == "no dead items\n"
     server = EmbeddedRedis(stopped_run / "redis")
     server.start()
-    streams = Streams(connect(server.url), "demo")
-    ((stream, _, payload),) = await streams.items()
-    assert (stream, order_of(payload)) == ("prompts", 0)
-    assert (await streams.ledger()).exact
-    await streams.redis.aclose()
+    async with Streams(connect(server.url), "demo") as streams:
+        ((stream, _, payload),) = await streams.items()
+        assert (stream, order_of(payload)) == ("prompts", 0)
+        assert (await streams.ledger()).exact
     server.stop()
 
 

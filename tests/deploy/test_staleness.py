@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,13 +51,14 @@ class Pipeline:
             max_staleness=max_staleness,
         )
         self.reader: GroupReader
+        self.resources = AsyncExitStack()
         self.step = self.loaded = 0  # versions: the learner's, and the workers'
         self.saved: Progress | None = None
         self.sampling: list[tuple[Claim, Prompt, int]] = []  # with the version at its first token
         self.ages: list[int] = []
 
     async def start(self) -> None:
-        self.reader = GroupReader(
+        made = GroupReader(
             self.connection,
             need="incorrect",
             vocabulary=VOCAB,
@@ -65,6 +67,7 @@ class Pipeline:
             total=TOTAL,
             timeout_s=0.0,
         )
+        self.reader = await self.resources.enter_async_context(made)
         await self.reader.start(self.saved)
         self.step = self.loaded = self.saved.step if self.saved else 0
 
@@ -158,7 +161,7 @@ class Pipeline:
         await self.reader.settle(entries)
 
     async def learner_dies(self, _: int = 0) -> None:
-        await self.reader.close()
+        await self.resources.aclose()
         await self.start()
 
     async def finish_all(self) -> None:
@@ -170,7 +173,7 @@ class Pipeline:
                 await self.begin()
                 while self.sampling:
                     await self.finish()
-        await self.reader.close()
+        await self.resources.aclose()
 
 
 ACTIONS: list[Callable[[Pipeline, int], object]] = [

@@ -30,10 +30,9 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(autouse=True)
 async def evaluation(connection: Connection) -> AsyncIterator[None]:
-    lane = connection.streams(EVAL)
-    await lane.create()
-    yield
-    await lane.redis.aclose()
+    async with connection.streams(EVAL) as lane:
+        await lane.create()
+        yield
 
 
 async def worker(connection: Connection, student: Path, **settings: Any) -> RolloutWorker:

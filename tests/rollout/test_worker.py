@@ -34,10 +34,9 @@ from tests.waiting import DEADLINE_S, until
 @pytest_asyncio.fixture(autouse=True)
 async def evaluation(connection: Connection) -> AsyncIterator[Streams]:
     """The second lane, which every worker reads from first."""
-    lane = connection.streams(EVAL)
-    await lane.create()
-    yield lane
-    await lane.redis.aclose()
+    async with connection.streams(EVAL) as lane:
+        await lane.create()
+        yield lane
 
 
 def worker(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import libfaketime
@@ -58,12 +59,12 @@ async def results(streams: Streams) -> list[bytes]:
 
 async def finish(stages: list[Stage], running: list[asyncio.Task[None]]) -> None:
     """Stops workers in order; raises what one of them died of."""
-    for stage in stages:
-        stage.stopping.set()
-    await asyncio.gather(*running)
-    for stage in stages:
-        for lane in stage.lanes:
-            await lane.redis.aclose()
+    async with AsyncExitStack() as resources:
+        for stage in stages:
+            stage.stopping.set()
+            for lane in stage.lanes:
+                await resources.enter_async_context(lane)
+        await asyncio.gather(*running)
 
 
 ONE_EACH = sorted(b"ITEM%d" % i for i in range(ITEMS))
@@ -109,20 +110,19 @@ async def test_a_clock_jump_neither_loses_nor_doubles(
     """Forward, every lease seems to have run out; back, none will for an hour. Two workers are
     at work, and a third one dies holding items just before the jump."""
     connection = Connection(wrong_clock.server.url, "clock", StageConfig(lease_s=0.4))
-    streams = connection.streams()
-    await streams.create()
-    await feed(streams)
-    dead = new_consumer("dead")
-    assert len(await claim([streams], "prompts", dead, count=3, block_ms=100)) == 3
-    stages = [worker(connection, "a"), worker(connection, "b")]
-    running = [asyncio.create_task(stage.run()) for stage in stages]
-    wrong_clock.jump(seconds)
-    await streams.abandon(consumers_of("dead"))  # as the driver does when it sees a death
-    ledger = await until_done(streams)
-    assert (ledger.fed, ledger.in_flight, ledger.dead) == (ITEMS, ITEMS, 0)
-    assert await results(streams) == ONE_EACH
-    await finish(stages, running)
-    await streams.redis.aclose()
+    async with connection.streams() as streams:
+        await streams.create()
+        await feed(streams)
+        dead = new_consumer("dead")
+        assert len(await claim([streams], "prompts", dead, count=3, block_ms=100)) == 3
+        stages = [worker(connection, "a"), worker(connection, "b")]
+        running = [asyncio.create_task(stage.run()) for stage in stages]
+        wrong_clock.jump(seconds)
+        await streams.abandon(consumers_of("dead"))  # as the driver does when it sees a death
+        ledger = await until_done(streams)
+        assert (ledger.fed, ledger.in_flight, ledger.dead) == (ITEMS, ITEMS, 0)
+        assert await results(streams) == ONE_EACH
+        await finish(stages, running)
 
 
 # ------------------------------------------------------------------------ workers that sleep
@@ -183,23 +183,22 @@ async def test_work_goes_on_when_redis_returns_within_the_patience(tmp_path: Pat
     server = EmbeddedRedis(tmp_path)
     server.start()
     connection = Connection(server.url, "run", StageConfig(lease_s=0.4, patience_s=DEADLINE_S))
-    streams = connection.streams()
-    await streams.create()
-    await feed(streams)
-    stage = worker(connection, "a")
-    running = asyncio.create_task(stage.run())
-    os.kill(server.pid, signal.SIGKILL)
-    while server.running:
-        await asyncio.sleep(0.01)
-    ledger = asyncio.create_task(streams.ledger())
-    await asyncio.sleep(0)
-    assert not ledger.done()  # it waits
-    server.start()
-    assert (await ledger).exact
-    await until_done(streams)
-    assert await results(streams) == ONE_EACH
-    await finish([stage], [running])
-    await streams.redis.aclose()
+    async with connection.streams() as streams:
+        await streams.create()
+        await feed(streams)
+        stage = worker(connection, "a")
+        running = asyncio.create_task(stage.run())
+        os.kill(server.pid, signal.SIGKILL)
+        while server.running:
+            await asyncio.sleep(0.01)
+        ledger = asyncio.create_task(streams.ledger())
+        await asyncio.sleep(0)
+        assert not ledger.done()  # it waits
+        server.start()
+        assert (await ledger).exact
+        await until_done(streams)
+        assert await results(streams) == ONE_EACH
+        await finish([stage], [running])
     server.stop()
 
 
@@ -234,21 +233,20 @@ async def test_two_runs_share_one_redis_without_seeing_each_other(
     """The same worker names, orders and streams in both; one run loses a worker, and is left."""
     config = StageConfig(lease_s=0.4)
     runs = [Connection(redis_server.url, f"{name}-shared", config) for name in ("one", "two")]
-    both = [connection.streams() for connection in runs]
-    for streams in both:
-        await streams.create()
-        await feed(streams)
-    await claim(both[:1], "prompts", new_consumer("w"), count=2, block_ms=100)
-    stages = [worker(connection, "w") for connection in runs]
-    running = [asyncio.create_task(stage.run()) for stage in stages]
-    await both[0].abandon(consumers_of("w"))  # also of the live one, whose work is then lost
-    for streams in both:
-        ledger = await until_done(streams)
-        assert (ledger.fed, ledger.in_flight) == (ITEMS, ITEMS)
-        assert await results(streams) == ONE_EACH
-    await finish(stages, running)
-    for streams in both:
-        await streams.redis.aclose()
+    async with AsyncExitStack() as resources:
+        both = [await resources.enter_async_context(one.streams()) for one in runs]
+        for streams in both:
+            await streams.create()
+            await feed(streams)
+        await claim(both[:1], "prompts", new_consumer("w"), count=2, block_ms=100)
+        stages = [worker(connection, "w") for connection in runs]
+        running = [asyncio.create_task(stage.run()) for stage in stages]
+        await both[0].abandon(consumers_of("w"))  # also of the live one, whose work is then lost
+        for streams in both:
+            ledger = await until_done(streams)
+            assert (ledger.fed, ledger.in_flight) == (ITEMS, ITEMS)
+            assert await results(streams) == ONE_EACH
+        await finish(stages, running)
 
 
 async def test_a_full_redis_is_waited_for_while_leases_are_renewed(tmp_path: Path) -> None:

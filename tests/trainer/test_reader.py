@@ -75,8 +75,7 @@ async def test_full_steps_then_a_short_one_then_the_end(
 
 def test_the_next_step_is_read_while_the_learner_computes(connection: Connection) -> None:
     """Nobody waits for anything between the two steps, and the groups come in all the same."""
-    with LoopThread() as background:
-        source = reader(connection, total=4)
+    with LoopThread() as background, background.holding(reader(connection, total=4)) as source:
         background.run(source.start(None))
         background.run(put(source.streams, *[group(i) for i in range(4)]))
         first = background.run(source.next_step(0))
@@ -84,21 +83,19 @@ def test_the_next_step_is_read_while_the_learner_computes(connection: Connection
         assert sorted(source._ready) == [2, 3]
         background.run(source.trained(1, claims(first), orders(first)))
         assert orders(background.run(source.next_step(1))) == [2, 3]
-        background.run(source.close())
 
 
 async def test_what_no_checkpoint_contains_is_replayed(
     connection: Connection, streams: Streams
 ) -> None:
     await put(streams, *[group(i) for i in range(4)])
-    before = reader(connection, total=4)
-    await before.start(None)
-    first = await before.next_step(0)
-    await before.trained(1, claims(first), orders(first))
-    saved = Progress(1, list(before.unsettled), ranges(before.covered))  # durable, then kill -9
-    second = await before.next_step(1)
-    await before.trained(2, claims(second), orders(second))
-    await before.close()
+    async with reader(connection, total=4) as before:
+        await before.start(None)
+        first = await before.next_step(0)
+        await before.trained(1, claims(first), orders(first))
+        saved = Progress(1, list(before.unsettled), ranges(before.covered))  # durable, then kill -9
+        second = await before.next_step(1)
+        await before.trained(2, claims(second), orders(second))
 
     after = reader(connection, total=4)
     await after.start(saved)
@@ -169,18 +166,16 @@ async def test_the_clock_starts_with_the_first_prompt(
 async def test_a_group_that_others_overtook_is_waited_for(
     connection: Connection, streams: Streams
 ) -> None:
-    source = reader(connection, total=4, timeout_s=0.0)
-    await source.start(None)
-    await put(streams, *[group(i) for i in (1, 3, 2)])
-    await until(lambda: len(source._ready) == 3)
-    with pytest.raises(Stalled, match="the first that is missing is of prompt 0"):
-        await source.next_step(0)
-    await put(streams, group(0))
-    await source.close()
-    source = reader(connection, total=4)
-    await source.start(None)
-    assert orders(await source.next_step(0)) == [0, 1]
-    await source.close()
+    async with reader(connection, total=4, timeout_s=0.0) as source:
+        await source.start(None)
+        await put(streams, *[group(i) for i in (1, 3, 2)])
+        await until(lambda: len(source._ready) == 3)
+        with pytest.raises(Stalled, match="the first that is missing is of prompt 0"):
+            await source.next_step(0)
+        await put(streams, group(0))
+    async with reader(connection, total=4) as source:
+        await source.start(None)
+        assert orders(await source.next_step(0)) == [0, 1]
 
 
 @pytest.mark.parametrize("max_staleness", [0, None])
@@ -188,14 +183,14 @@ async def test_a_group_that_is_too_old_is_sampled_again_where_the_sampler_change
     max_staleness: int | None, connection: Connection, streams: Streams
 ) -> None:
     await put(streams, group(0), group(1))
-    source = reader(connection, total=2, timeout_s=0.0, max_staleness=max_staleness)
-    await source.start(None)
-    await until(lambda: len(source._ready) == 2)
-    if max_staleness is None:
-        assert orders(await source.next_step(4)) == [0, 1]
-    else:
-        with pytest.raises(Stalled):
-            await source.next_step(4)
-        sent = await claim([streams], "prompts", "w", count=9, block_ms=100)
-        assert [decode(Prompt, item.payload).min_weight_version for item in sent] == [4, 4]
-    await source.close()
+    made = reader(connection, total=2, timeout_s=0.0, max_staleness=max_staleness)
+    async with made as source:
+        await source.start(None)
+        await until(lambda: len(source._ready) == 2)
+        if max_staleness is None:
+            assert orders(await source.next_step(4)) == [0, 1]
+        else:
+            with pytest.raises(Stalled):
+                await source.next_step(4)
+            sent = await claim([streams], "prompts", "w", count=9, block_ms=100)
+            assert [decode(Prompt, item.payload).min_weight_version for item in sent] == [4, 4]

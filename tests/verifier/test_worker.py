@@ -80,9 +80,8 @@ def made(connection: Connection, config: VerifierConfig) -> VerifierWorker:
 
 @asynccontextmanager
 async def running(connection: Connection, config: VerifierConfig) -> AsyncIterator[None]:
-    evaluation = connection.streams(EVAL)
-    await evaluation.create()  # both lanes exist before any worker starts
-    await evaluation.redis.aclose()
+    async with connection.streams(EVAL) as evaluation:
+        await evaluation.create()  # both lanes exist before any worker starts
     worker = made(connection, config)
     async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
         tasks.create_task(worker.run())
@@ -197,10 +196,9 @@ async def test_the_queue_and_the_slow_show_in_the_status_and_the_metrics(
 async def test_evaluation_prompts_stay_in_their_lane(
     connection: Connection, streams: Streams
 ) -> None:
-    evaluation = connection.streams(EVAL)
-    await evaluation.create()
-    await put(evaluation, [encode(group(0, ["42"], "42"))])
-    async with running(connection, VerifierConfig(kind="exact")):
-        await ledger_when(evaluation, lambda now: now.depth["verified"] == 1)
-    assert (await streams.ledger()).fed == 0
-    await evaluation.redis.aclose()
+    async with connection.streams(EVAL) as evaluation:
+        await evaluation.create()
+        await put(evaluation, [encode(group(0, ["42"], "42"))])
+        async with running(connection, VerifierConfig(kind="exact")):
+            await ledger_when(evaluation, lambda now: now.depth["verified"] == 1)
+        assert (await streams.ledger()).fed == 0
