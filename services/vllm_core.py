@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import Field, fields
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,26 +69,32 @@ _ENVIRONMENT: Mapping[str, str] = {
 # segments of shared memory that killed ones leave behind: hundreds of megabytes each time.
 _WATCHDOG = """
 import os, signal, sys, time
+import psutil
 
-def runs(pid, started):  # and is not another one under its number
+def runs(process):  # and is not another one under its number
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return fields[19].decode() == started and fields[0] != b"Z"
 
-ours = [process.split(":") for process in sys.argv[1:]]
+ours = []
+for argument in sys.argv[1:]:
+    pid, created = argument.split(":")
+    try:
+        process = psutil.Process(int(pid))
+        if abs(process.create_time() - float(created)) < 1:  # or its number was given again
+            ours.append(process)
+    except psutil.NoSuchProcess:
+        pass
 names = sys.stdin.read().split()
 deadline = time.monotonic() + 20
 for signum in (signal.SIGTERM, signal.SIGKILL):
-    for pid, started in ours:
-        if runs(pid, started):
-            try:
-                os.kill(int(pid), signum)
-            except ProcessLookupError:
-                pass
-    while time.monotonic() < deadline and any(runs(*process) for process in ours):
+    for process in filter(runs, ours):
+        try:
+            process.send_signal(signum)
+        except psutil.NoSuchProcess:
+            pass
+    while time.monotonic() < deadline and any(map(runs, ours)):
         time.sleep(0.05)
 for name in names:
     try:
@@ -110,8 +115,9 @@ class Running:
         self.llm = make()
         self._children = set(multiprocessing.active_children()) - before
         pids = [child.pid for child in self._children if child.pid]
+        watched = (f"{pid}:{psutil.Process(pid).create_time()}" for pid in pids)
         self._watchdog = subprocess.Popen(
-            [sys.executable, "-c", _WATCHDOG, *(f"{pid}:{_started(pid)}" for pid in pids)],
+            [sys.executable, "-c", _WATCHDOG, *watched],
             stdin=subprocess.PIPE,
             start_new_session=True,
             text=True,
@@ -134,20 +140,11 @@ def shared_memory(pids: Sequence[int]) -> set[str]:
     names: set[str] = set()
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
-            family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-            for process in family:
-                with suppress(FileNotFoundError, ProcessLookupError):  # a compiler, say, has ended
-                    maps = Path(f"/proc/{process.pid}/maps").read_text(
-                        errors="replace", encoding="utf-8"
-                    )
-                    names |= {*_SHARED.findall(maps)}
+            for process in (one := psutil.Process(pid), *one.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):  # a compiler, say, has ended
+                    paths = (mapped.path for mapped in process.memory_maps())
+                    names |= {path for path in paths if _SHARED.fullmatch(path)}
     return names
-
-
-def _started(pid: int) -> str:
-    """When a process of ours did, in ticks since the machine did (proc(5)): numbers of processes
-    are given again."""
-    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
 
 
 def on_cpu() -> bool:

@@ -63,10 +63,10 @@ def test_what_was_started_dies_with_a_parent_that_is_killed(tmp_path: Path) -> N
 @pytest.mark.usefixtures("vllm")
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_process_under_the_number_of_one_that_has_ended_is_left_alone(ours: bool) -> None:
-    from services.vllm_core import _WATCHDOG, _started
+    from services.vllm_core import _WATCHDOG
 
     with subprocess.Popen(["sleep", "3600"]) as process:
-        started = _started(process.pid) if ours else "1"
+        started = psutil.Process(process.pid).create_time() if ours else 1.0
         watching = [sys.executable, "-c", _WATCHDOG, f"{process.pid}:{started}"]
         subprocess.run(watching, stdin=subprocess.DEVNULL, check=True, timeout=DEADLINE_S)
         assert (process.poll() is not None) is ours
