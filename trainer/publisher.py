@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import ray
+import tenacity
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train.torch import get_device
 
@@ -71,14 +72,13 @@ class Publisher:
     def _hand_over(self, weights: Weights) -> None:
         if self._pusher is not None:
             weights = self._pusher.offer(weights)
-        deadline = time.monotonic() + _PUBLISH_TIMEOUT_S
-        while True:
-            try:
-                return hand_over(self._store, weights, _PUBLISH_TIMEOUT_S)
-            except RayActorError:  # it is being restarted
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_PUBLISH_RETRY_S)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(RayActorError),  # it is being restarted
+            wait=tenacity.wait_fixed(_PUBLISH_RETRY_S),
+            stop=tenacity.stop_after_delay(_PUBLISH_TIMEOUT_S),
+            reraise=True,
+        )
+        retrying(hand_over, self._store, weights, _PUBLISH_TIMEOUT_S)
 
 
 def pusher(store: Any, transfer: Transfer) -> Pusher | None:
