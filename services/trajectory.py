@@ -56,6 +56,12 @@ class Record(ABC):
     def _part(self) -> tuple[Record | None, dict[str, Any], dict[str, Array]]:
         """The record before, and this part as JSON and arrays."""
 
+    @classmethod
+    @abstractmethod
+    def _of(cls, before: Any, header: dict[str, Any], part: Unpacked) -> Record:
+        """The record whose `_part` these are; what is wrong with them is a `WireError`, a KeyError,
+        a TypeError, a ValueError or an IndexError."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -107,8 +113,8 @@ class Prompt(Record):
             arrays["teacher_context"] = np.ascontiguousarray(self.teacher_context, np.int32)
         return None, header, arrays
 
-    @staticmethod
-    def _of(before: Any, header: dict[str, Any], part: Unpacked) -> Prompt:
+    @classmethod
+    def _of(cls, before: Any, header: dict[str, Any], part: Unpacked) -> Prompt:
         header["sampling"] = Sampling(**header["sampling"])
         header["messages"] = tuple(header.get("messages", ()))
         ids = part.array("token_ids", np.int32, 1)
@@ -220,8 +226,8 @@ class RolloutGroup(Record):
             arrays["sampled"] = joined([t.sampled for t in trajectories], np.bool_)
         return self.prompt, header, arrays
 
-    @staticmethod
-    def _of(before: Prompt, header: dict[str, Any], part: Unpacked) -> RolloutGroup:
+    @classmethod
+    def _of(cls, before: Prompt, header: dict[str, Any], part: Unpacked) -> RolloutGroup:
         lengths = header["lengths"]
         masks: list[Any] = [None] * len(lengths)
         if "sampled" in part.arrays:
@@ -270,8 +276,8 @@ class VerifiedGroup(Record):
     def _part(self) -> tuple[Record | None, dict[str, Any], dict[str, Array]]:
         return self.rollout, {"verdicts": [[v.outcome, v.reason] for v in self.verdicts]}, {}
 
-    @staticmethod
-    def _of(before: RolloutGroup, header: dict[str, Any], part: Unpacked) -> VerifiedGroup:
+    @classmethod
+    def _of(cls, before: RolloutGroup, header: dict[str, Any], part: Unpacked) -> VerifiedGroup:
         verdicts = tuple(Verdict(outcome, reason) for outcome, reason in header["verdicts"])
         if len(verdicts) != len(before.trajectories):
             raise WireError(f"{len(verdicts)} verdicts for {len(before.trajectories)} trajectories")
@@ -338,8 +344,8 @@ class ScoredGroup(Record):
             header["teacher_version"] = self.teacher_version
         return self.verified, header, arrays
 
-    @staticmethod
-    def _of(before: VerifiedGroup, header: dict[str, Any], part: Unpacked) -> ScoredGroup:
+    @classmethod
+    def _of(cls, before: VerifiedGroup, header: dict[str, Any], part: Unpacked) -> ScoredGroup:
         indices = header["indices"]
         lengths = [len(before.rollout.trajectories[i].token_ids) for i in indices]
         scores = part.ragged("logprobs", np.float32, lengths)
@@ -373,7 +379,7 @@ RecordT = TypeVar("RecordT", bound=Record)
 # The checksum is ours because safetensors has none: a flipped bit in a log-prob would otherwise
 # be trained on. It goes over the parts in turn, so that appending one needs no look at the others.
 
-_PARTS: tuple[Any, ...] = (Prompt, RolloutGroup, VerifiedGroup, ScoredGroup)
+_PARTS: tuple[type[Record], ...] = (Prompt, RolloutGroup, VerifiedGroup, ScoredGroup)
 _MAGIC = b"SCP2"
 _PREFIX = struct.Struct("<4sI")
 _LENGTH = struct.Struct("<Q")
@@ -399,7 +405,7 @@ def decode(kind: type[RecordT], blob: bytes) -> RecordT:
     held = _PARTS[len(parts) - 1]
     if held is not kind:
         raise WireError(f"expected a {kind.__name__}, found a {held.__name__}")
-    record: Any = None
+    record: Record | None = None
     for of, (part, wire) in zip(_PARTS, parts, strict=False):
         try:
             unpacked = unpack(part)

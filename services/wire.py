@@ -2,6 +2,9 @@
 
 Records in the streams, the teacher's binary requests and answers, and its cache are all made and
 read here. Nothing is ever pickled, and whatever is not such a file raises `WireError`.
+
+The weights alone travel otherwise (`services.weights`): as one flat buffer in Ray's object store,
+which every worker of a machine reads where it lies, without a copy.
 """
 
 from __future__ import annotations
