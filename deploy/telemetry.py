@@ -42,7 +42,7 @@ class Telemetry:
 
     def __init__(self, config: RunConfig) -> None:
         self._run = config.name
-        self._steps = config.pipeline.names
+        self._stage_names = config.pipeline.names
         self._gauges: dict[str, Gauge] = {}
         self._seen: dict[tuple[str, str], float] = {}
         self._totals: dict[tuple[str, str], float] = defaultdict(float)
@@ -79,7 +79,7 @@ class Telemetry:
 
     def _stages(self, reports: Mapping[str, Mapping[str, Any]]) -> None:
         live = [report for report in reports.values() if time.time() - report["at"] < QUIET_S]
-        for stage in self._steps:
+        for stage in self._stage_names:
             mine = [report for report in live if report["stage"] == stage]
             self._set("scope_stage_workers", len(mine), stage=stage)
             self._set("scope_stage_active", _sum(mine, "active"), stage=stage)
@@ -92,7 +92,7 @@ class Telemetry:
                 grown = report[field] - self._seen.get((worker, field), 0.0)
                 self._seen[worker, field] = report[field]
                 self._totals[report["stage"], field] += grown
-        for stage in self._steps:
+        for stage in self._stage_names:
             for field, name in _TOTALS.items():
                 self._set(name, self._totals[stage, field], stage=stage)
 

@@ -106,8 +106,8 @@ def test_rows_of_two_data_sources_are_scored_by_two_teachers(tmp_path: Path) -> 
         assert shown == asked[order]  # and no more
         read = f"{group.prompt.reference};{shown}" if name == "other" else shown
         before = np.array(tokenizer(read)["input_ids"], np.int32)
-        for place, scores in group.teacher_logprobs.items():
-            sampled, top = group.rollout.trajectories[place], group.teacher_top[place]
+        for index, scores in group.teacher_logprobs.items():
+            sampled, top = group.rollout.trajectories[index], group.teacher_top[index]
             assert sampled.top is not None and sampled.top.shape == (len(scores), 4)
             np.testing.assert_array_equal(top.ids, sampled.top)
             table = logprobs(loaded[name], before, sampled.token_ids)
@@ -116,6 +116,6 @@ def test_rows_of_two_data_sources_are_scored_by_two_teachers(tmp_path: Path) -> 
             spread = -(table.exp() * table).sum(1)
             np.testing.assert_allclose(scores, chosen, atol=1e-4)
             np.testing.assert_allclose(top.logprobs, named, atol=1e-4)
-            np.testing.assert_allclose(group.teacher_entropy[place], spread, atol=1e-4)
+            np.testing.assert_allclose(group.teacher_entropy[index], spread, atol=1e-4)
     status = json.loads(scope("status", tmp_path / "demo", "--json").stdout)
     assert (status["trained"], status["dead"], status["in_flight"]) == (2 * GROUPS, 0, 0)

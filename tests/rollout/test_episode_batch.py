@@ -22,10 +22,10 @@ async def test_an_episode_is_trained_on_as_the_equations_say(engine: Transformer
     outcomes: list[Outcome] = ["correct", "incorrect"] * 4
     teacher, start = tiny_model(9), len(rollout.prompt.token_ids)
     scores = {}
-    for place, t in enumerate(rollout.trajectories):
-        if outcomes[place] in SCORED["incorrect"]:  # in its whole context, the world's tokens too
+    for index, t in enumerate(rollout.trajectories):
+        if outcomes[index] in SCORED["incorrect"]:  # in its whole context, the world's tokens too
             whole = [*rollout.prompt.token_ids.tolist(), *t.token_ids.tolist()]
-            scores[place] = full_logprobs(teacher, whole)[start - 1 :].numpy().astype(np.float32)
+            scores[index] = full_logprobs(teacher, whole)[start - 1 :].numpy().astype(np.float32)
     verdicts = tuple(Verdict(outcome, "by hand") for outcome in outcomes)
     group = ScoredGroup(VerifiedGroup(rollout, verdicts), scores, "teacher")
     assert any(t.mask is not None for t in rollout.trajectories)

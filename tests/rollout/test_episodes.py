@@ -87,7 +87,7 @@ async def test_the_same_prompt_is_played_the_same_whatever_shares_the_batch(
     _, among, _ = await asyncio.gather(*(play.group(question(order)) for order in (2, 3, 4)))
     for one, other in zip(alone.trajectories, among.trajectories, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
-    assert len({turn_seed(7, place, turn) for place in range(9) for turn in range(1, 9)}) == 72
+    assert len({turn_seed(7, index, turn) for index in range(9) for turn in range(1, 9)}) == 72
 
 
 async def test_limits_of_turns_and_tokens_cut_an_episode_off(engine: TransformersEngine) -> None:

@@ -295,12 +295,12 @@ async def test_every_group_has_exactly_one_version(engine: TransformersEngine) -
 
     few = asyncio.Semaphore(8)  # so that they are spread over the loads
 
-    async def sample(place: int) -> tuple[Request, int, tuple[Completion, ...]]:
+    async def sample(index: int) -> tuple[Request, int, tuple[Completion, ...]]:
         async with few:
-            made = await engine.sample(jobs[place].prompt_ids, jobs[place].sampling)
-        return jobs[place], made.weight_version, made.completions
+            made = await engine.sample(jobs[index].prompt_ids, jobs[index].sampling)
+        return jobs[index], made.weight_version, made.completions
 
-    running = [asyncio.create_task(sample(place)) for place in range(len(jobs))]
+    running = [asyncio.create_task(sample(index)) for index in range(len(jobs))]
     for version in range(1, 9):
         await engine.load_weights(published(models[version % 3], version))
         await until(lambda: sum(job.done() for job in running) >= 5 * version, every_s=0.0)  # noqa: B023
