@@ -11,7 +11,6 @@ forward.
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from dataclasses import replace
 
 from rollout.prompts import PromptSource
@@ -52,28 +51,18 @@ class Feeder:
         self._max_staleness = max_staleness
         self._max_in_flight = groups_per_step * (max_staleness + 1)
         self._fixed_sampler = fixed_sampler
-        self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Feeds until the ledger says `total`, or until `stop`. For how long the learner may
-        leave it waiting is for whoever watches the run to say.
+        """Feeds until the ledger says `total`. For how long the learner may leave it waiting is for
+        whoever watches the run to say.
 
         Raises:
             redis.exceptions.RedisError: Redis failed through all of the client's retries.
         """
         async with self._connection.streams() as streams:
-            while not self._stopping.is_set():
-                ledger = await streams.ledger()
-                if ledger.fed >= self._total:
-                    return
+            while (ledger := await streams.ledger()).fed < self._total:
                 if not await self.admit(streams, ledger):
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(_POLL_S):
-                            await self._stopping.wait()
-
-    async def stop(self) -> None:
-        """Lets `run` return before everything is fed."""
-        self._stopping.set()
+                    await asyncio.sleep(_POLL_S)
 
     async def admit(self, streams: Streams, ledger: Ledger) -> int:
         """Feeds prompts that there is room for, and returns how many. Redis checks the budget

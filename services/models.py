@@ -244,19 +244,17 @@ PROBE_TOKENS = 64
 """Of the sequence that weight updates are checked on."""
 
 
-def probe_tokens(
-    vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None, length: int = PROBE_TOKENS
-) -> list[int]:
+def probe_tokens(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
     """A fixed sequence that every weight update is checked on: the engine's log-probs of it must
     equal the learner's. Natural text, where a tokenizer knows its characters: the log-probs of
     improbable tokens are what rounding changes most. Else tokens from all over the vocabulary."""
     if tokenizer is not None:
         ids: list[int] = []
         with suppress(Unencodable), encoding():
-            ids = tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)[:length]
+            ids = tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)[:PROBE_TOKENS]
         if len(set(ids)) >= 16 and max(ids) < vocab_size:
             return ids
-    return [(7 + 7919 * i) % vocab_size for i in range(length)]
+    return [(7 + 7919 * i) % vocab_size for i in range(PROBE_TOKENS)]
 
 
 @contextmanager

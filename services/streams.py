@@ -320,9 +320,9 @@ class Streams:
 
     # --------------------------------------------------------------------- the dead, status
 
-    async def dead(self, count: int | None = None, after: str = "0") -> list[DeadItem]:
+    async def dead(self, after: str = "0") -> list[DeadItem]:
         """The dead items past the id `after`, oldest first."""
-        entries: Any = await self.redis.xrange(self.key("dead"), f"({after}", count=count)
+        entries: Any = await self.redis.xrange(self.key("dead"), f"({after}")
         return [
             DeadItem(
                 id=id_.decode(),

@@ -14,6 +14,7 @@ from rollout.feeder import Feeder
 from rollout.prompts import PromptSource, Row
 from services.stage import Connection
 from services.streams import Streams, claim
+from services.tasks import end
 from services.trajectory import Prompt, decode
 from tests.waiting import DEADLINE_S
 
@@ -87,14 +88,12 @@ async def test_all_prompts_are_fed_in_order_within_the_budget(
 
 
 async def test_a_full_budget_is_waited_for(connection: Connection, streams: Streams) -> None:
-    made = feeder(connection)
-    running = asyncio.create_task(made.run())
+    running = asyncio.create_task(feeder(connection).run())
     await until_fed(streams, 6)
     with pytest.raises(TimeoutError):  # some polls later it has still not fed more
         await asyncio.wait_for(asyncio.shield(running), 0.25)
     assert (await streams.ledger()).fed == 6
-    await made.stop()
-    await asyncio.wait_for(running, DEADLINE_S)
+    await end([running])
 
 
 async def test_a_restarted_feeder_feeds_nothing_twice(

@@ -163,7 +163,7 @@ def unsharded_bytes(learner: Learner) -> int:
     """What this rank holds of gradients while micro-batches are still to come."""
     sums_at = learner.student.sums_at
     learner.student.sums_at = lambda last: sums_at(last=False)  # type: ignore[method-assign]
-    learner.backward(own_part(learner, groups()), Clock())
+    learner.backward(own_plan(learner, groups()), Clock())
     shards: list[Any] = [m for m in learner.student.model.modules() if isinstance(m, FSDPModule)]
     parameters = [
         p
