@@ -54,7 +54,7 @@ class Tokens:
     """What objectives see of the sampled tokens of a micro-batch: detached, on the device, every
     trajectory whole and in order. Log-probs in nats, at temperature 1 but for `behaviour`."""
 
-    trajectory: Tensor  # [C] int64, its place in the global batch
+    trajectory: Tensor  # [C] int64, its index in the global batch
     student: Tensor  # [C]
     teacher: Tensor  # [C] 0 where there is no score; a chunk's with its first token
     behaviour: Tensor  # [C] under the distribution that sampled
