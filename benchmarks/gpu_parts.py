@@ -119,10 +119,11 @@ def utilisation(shapes: Shapes, known: Known, regime: str, budget: int) -> list[
     from trainer.batch import Batch
 
     lengths = answers_that_fill(shapes, budget)
-    batch, learner = Batch.of([scored_group(shapes, lengths)]), make_learner(shapes, regime, budget)
-    learner.step(batch)  # which makes AdamW's moments, and compiles kernels
+    learner = make_learner(shapes, regime, budget)
+    plans = learner.plans(Batch.of([scored_group(shapes, lengths)]))
+    learner.step(*plans)  # which makes AdamW's moments, and compiles kernels
     forget_peak(shapes)
-    taken = seconds(lambda: learner.step(batch), shapes, repeats=3)
+    taken = seconds(lambda: learner.step(*plans), shapes, repeats=3)
     whole = [shapes.prompt + length for length in lengths]
     reached = model_flops(shapes, whole, scored=sum(lengths)) / taken
     rate = known.get(MATRIX_RATE)
