@@ -158,8 +158,11 @@ class VLLMEngine:
         async with AsyncExitStack() as stack:
             update: dict[str, Any] = {}
             if weights.sender is None:  # written before anything stops, and beside what samples
-                file = vllm_transfer.shared(self._as_stored(weights))
-                update = await asyncio.to_thread(stack.enter_context, file)
+                update = await asyncio.to_thread(
+                    stack.enter_context, vllm_transfer.shared(self._as_stored(weights))
+                )
+                # The wait for what is in flight is long, and the next version needs the room.
+                weights = weights.announcement()
             opening = await stack.enter_async_context(
                 self._turnstile.closed(drained=self._in_flight == "wait")
             )

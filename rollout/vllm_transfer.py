@@ -69,14 +69,17 @@ class MappedWeights(WeightTransferUpdateInfo):
 def shared(weights: Weights, directory: Path | None = None) -> Iterator[dict[str, Any]]:
     """Puts the buffer where every process of this node can map it, and yields the fields of
     `MappedWeights`. Engines of one node that load the same weights share a file, which the first
-    writes and the last removes: finish the update inside of the block."""
+    writes and the last removes: finish the update inside of the block, which does not hold on to
+    `weights`."""
     usable = os.access(_SHARED_MEMORY, os.W_OK)
     directory = directory or (_SHARED_MEMORY if usable else Path(tempfile.gettempdir()))
     path = directory / f"{_PREFIX}{weights.serial}"
+    manifest = [[name, dtype, list(shape)] for name, dtype, shape in weights.manifest]
+    update = {"path": str(path), "version": weights.version, "manifest": manifest}
     file = _written(path, weights.buffer)
+    del weights  # or the object store could not give up this version while the block runs
     try:
-        manifest = [[name, dtype, list(shape)] for name, dtype, shape in weights.manifest]
-        yield {"path": str(path), "version": weights.version, "manifest": manifest}
+        yield update
     finally:
         os.close(file)
         _sweep(directory)

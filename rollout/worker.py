@@ -172,11 +172,13 @@ class RolloutWorker(StepWorker[Prompt, RolloutGroup, RolloutSettings]):
         weights = await self.settings.weights.next(timeout_s)
         if weights is None:
             return False
-        await self._engine.load_weights(weights)
+        version, loading = weights.version, self._engine.load_weights(weights)
+        del weights  # the engine lets go of them when it has read them
+        await loading
         async with self._changed:
-            self._version = weights.version
+            self._version = version
             self._changed.notify_all()
-        log.info("%s: weights version %d", self.post.name, weights.version)
+        log.info("%s: weights version %d", self.post.name, version)
         return True
 
 

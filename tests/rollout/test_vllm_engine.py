@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +213,28 @@ async def test_weights_are_written_before_anything_stops(
     monkeypatch.setattr(engine._turnstile, "closed", closing)
     await engine.load_weights(published(vllm_model(1), 1))
     assert seen == ["written", "closed"]
+
+
+async def test_weights_that_are_written_are_let_go(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the wait for what is in flight: the object store needs their room."""
+    weights = published(vllm_model(1), 1)
+    buffer, closed = weakref.ref(weights.buffer), engine._turnstile.closed
+    held: list[bool] = []
+
+    def closing(*, drained: bool) -> Any:
+        held.append(buffer() is not None)
+        return closed(drained=drained)
+
+    monkeypatch.setattr(engine._turnstile, "closed", closing)
+    loading = engine.load_weights(weights)
+    del weights
+    await loading
+    assert held == [False]
+    sampled = await engine.sample([2, 3], Sampling(n=1, max_tokens=4))
+    assert sampled.weight_version == 1
+    assert_sampled_from(vllm_model(1), [2, 3], sampled.completions)
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from rollout import worker as worker_module
 from rollout.config import RolloutConfig
+from rollout.engine import Engine
 from rollout.worker import NoWeights, RolloutSettings, RolloutWorker
 from services.config import StageConfig
 from services.errors import PatienceExceeded
@@ -23,7 +25,7 @@ from services.pipeline import EVAL
 from services.stage import Connection
 from services.streams import Streams
 from services.trajectory import Prompt, RolloutGroup, Sampling, decode, encode
-from services.weights import WeightsMismatch
+from services.weights import Weights, WeightsMismatch
 from tests.builders import post, tiny_model, tiny_tokenizer
 from tests.builders import prompt as make_prompt
 from tests.rollout.conftest import full_logprobs, published
@@ -234,6 +236,31 @@ async def test_weights_that_never_come_end_the_worker(
         with pytest.raises(PatienceExceeded, match=r"prompt 0-0 .* version 9 .* newest is 4"):
             await asyncio.wait_for(running, DEADLINE_S)
     assert (await streams.ledger()).exact
+
+
+async def test_a_worker_holds_no_weights_that_its_engine_has_read(
+    connection: Connection, student: Path
+) -> None:
+    """Its engine may wait long for what is in flight, and the object store needs the room."""
+    store = await store_with(1)
+    made = worker(connection, student, store)
+    read, drained = asyncio.Event(), asyncio.Event()
+    buffers: list[weakref.ref[Any]] = []
+
+    class Reading:
+        async def load_weights(self, weights: Weights) -> None:
+            buffers.append(weakref.ref(weights.buffer))
+            del weights
+            store.weights = None  # as the object store does without its newest
+            read.set()
+            await drained.wait()
+
+    made._engine = cast(Engine, Reading())
+    loading = asyncio.create_task(made._load_newer(DEADLINE_S))
+    await asyncio.wait_for(read.wait(), DEADLINE_S)
+    assert buffers[0]() is None
+    drained.set()
+    assert await loading
 
 
 # ------------------------------------------------------------------------------- failures
