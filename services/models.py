@@ -304,8 +304,13 @@ def _read_hash(file: Path, size: int, changed_ns: int) -> str:
 
 def memory_for(path: str) -> bool:
     """Whether this machine has room for the weights of a directory in float32 now."""
-    size = sum(file.stat().st_size for file in _weight_files(locate(path)))
-    return 2 * size < psutil.virtual_memory().available  # they are stored in 16 bits or more
+    # They are stored in 16 bits or more.
+    return 2 * weight_bytes(path) < psutil.virtual_memory().available
+
+
+def weight_bytes(path: str) -> int:
+    """What the weights of a directory take on disk."""
+    return sum(file.stat().st_size for file in _weight_files(locate(path)))
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -6,16 +6,20 @@ import asyncio
 import multiprocessing
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import pytest_asyncio
+import torch
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
 
+from benchmarks.families import plain
 from services.config import EngineConfig
 from services.engines import EngineError
 from teacher.config import TeacherConfig
 from teacher.scorer import Scorer, ScoringError, build_scorer
-from tests.builders import CONTEXT, VLLM_HEAD, save_tiny, tiny_model
+from tests.builders import CONTEXT, VLLM_HEAD, VOCAB, save_tiny, tiny_model, tiny_tokenizer
 from tests.teacher.conftest import Reference
 from tests.waiting import DEADLINE_S
 
@@ -156,6 +160,32 @@ async def test_on_a_gpu_prompts_are_scored_in_parts() -> None:
     assert CHUNK_SIZE == 1024
 
 
+async def test_a_model_that_vllm_computes_otherwise_scores_nothing(
+    scorer: Any, directory: Path
+) -> None:
+    from teacher.vllm_scorer import _Proof  # imports vLLM
+
+    told = np.array(Reference(directory).score(IDS[2][:1], IDS[2][1:]), np.float32)
+    scorer._unproven = _Proof(IDS[2], told - np.float32(0.02))
+    with pytest.raises(EngineError, match=r"another model .* it is 0\.02 nats off a plain forward"):
+        await scorer.check()
+    with pytest.raises(EngineError, match=r"score it with engine\.kind: transformers"):
+        await scorer.score([[1, 2]], [1])
+    scorer._unproven = _Proof(IDS[2], told)
+    await scorer.check()
+    assert scorer._unproven is None
+
+
+async def test_what_vllm_must_say_is_what_the_model_says(directory: Path, tmp_path: Path) -> None:
+    from teacher.vllm_scorer import _proof  # imports vLLM
+
+    reference, proof = Reference(save_tiny(tmp_path)), _proof(str(tmp_path), CONTEXT)
+    assert proof is not None and len(proof.ids) == 64
+    expected = reference.score(proof.ids[:1], proof.ids[1:])
+    np.testing.assert_allclose(proof.logprobs, expected, atol=1e-5)
+    assert _proof(str(directory), CONTEXT) is None  # whose weights are broken
+
+
 async def test_cancelled_requests_leave_the_engine_free(scorer: Scorer) -> None:
     calls = [asyncio.create_task(scorer.score(IDS, STARTS)) for _ in range(20)]
     await asyncio.wait(calls, timeout=0.2)
@@ -164,3 +194,33 @@ async def test_cancelled_requests_leave_the_engine_free(scorer: Scorer) -> None:
     await asyncio.wait(calls)
     async with asyncio.timeout(DEADLINE_S):
         assert await scorer.score([[1, 2]], [1])
+
+
+async def test_of_a_multimodal_checkpoint_the_text_model_scores(tmp_path: Path) -> None:
+    """vLLM would start the other parts with a tokenizer, which it is not given."""
+    text = tiny_llama().to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes = {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    model = Idefics3ForConditionalGeneration(
+        Idefics3Config(text_config=text, vision_config={**vision, **sizes}, image_token_id=0)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    scorer = await asyncio.to_thread(build_scorer, config(tmp_path))
+    (scores,) = await scorer.score([IDS[2]], [1])
+    await scorer.close()
+    np.testing.assert_allclose(scores.logprobs, plain(model, IDS[2]).numpy(), atol=1e-4)
+
+
+def tiny_llama() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
