@@ -191,17 +191,12 @@ def examined(families: Sequence[str]) -> Iterator[Row]:
         gc.collect()
 
 
-def tiny_for_vllm(family: str) -> PreTrainedModel:
-    """The model, as small as vLLM's CPU kernels take it."""
+async def examine_vllm(family: str) -> str:
+    """What an engine of vLLM's, under new weights, makes of the family: "right", or what is not."""
     factory = CONFIG_MAPPING[family]
     wide = {name: size for name, size in _WIDE.items() if hasattr(factory(), name)}
     special = SPECIAL.get(family, {}) | wide | _PUBLISHED.get(family, {}) | {"text_config": _WIDE}
-    return small_model(shrunken(factory(), special))
-
-
-async def examine_vllm(family: str) -> str:
-    """What an engine of vLLM's, under new weights, makes of the family: "right", or what is not."""
-    model = tiny_for_vllm(family)
+    model = small_model(shrunken(factory(), special))
     with TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         settings = {"kind": "vllm", "args": {"kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 16}}

@@ -383,7 +383,7 @@ def _sentence(title: str, problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
         return f"{title} has no field {name!r}{_hint(name, fields(getattr(vllm.config, title)))}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _cause(problem["msg"].removeprefix("Value error, "))
     return f"{name}: {message}" if name else message
 
 
