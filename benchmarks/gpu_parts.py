@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -370,15 +369,15 @@ class _Task(NamedTuple):
     settings: dict[str, Any]  # of the trainer
 
 
-def _stages(shapes: Shapes, *models: Path, judge: Any, max_tokens: int) -> Stages:
-    from examples import one_process
-    from services.models import load_model
+def _stages(shapes: Shapes, models: tuple[Path, Path], judge: Any, max_tokens: int) -> Stages:
+    from examples.one_process import Stages
 
-    # The example computes where its models are loaded to, which is the CPU unless it is told here.
-    one_process.load_model = partial(load_model, device=shapes.device)  # type: ignore[assignment]
-    student, teacher = models
-    return one_process.Stages(
-        student, teacher, judge, max_tokens=max_tokens, rows_at_once=shapes.answers
+    return Stages(
+        *models,
+        judge,
+        max_tokens=max_tokens,
+        rows_at_once=shapes.answers,
+        device=shapes.device,
     )
 
 
@@ -393,7 +392,7 @@ def _smollm(shapes: Shapes) -> _Task:
         return math_answer.judge(text, reference, "hashes")
 
     model = Path(shapes.small_model)
-    stages = _stages(shapes, model, model, judge=judge, max_tokens=MAX_TOKENS)
+    stages = _stages(shapes, (model, model), judge, MAX_TOKENS)
     rows = [
         Row(
             np.array(ids(story, stages.tokenizer, hints=False), np.int32),
@@ -419,7 +418,7 @@ def _sums(shapes: Shapes) -> _Task:
     def judge(text: str, reference: str) -> Any:
         return exact.judge(text, reference, ";")
 
-    stages = _stages(shapes, HERE / "student", HERE / "teacher", judge=judge, max_tokens=32)
+    stages = _stages(shapes, (HERE / "student", HERE / "teacher"), judge, max_tokens=32)
     rows = [
         Row(np.array(stages.tokenizer.encode(one.prompt), np.int32), "arithmetic", one.answer)
         for one in distinct_problems(shapes.loop_steps * shapes.loop_prompts, TRAIN_SEED)

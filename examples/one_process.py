@@ -61,30 +61,36 @@ class Stages:
         *,
         max_tokens: int,
         rows_at_once: int,
+        device: str = "cpu",
     ) -> None:
         """Args:
         judge: of an answer's text that ended, and the reference.
         max_tokens: longest answer.
         rows_at_once: answers in one batch of the sampler.
+        device: where all models compute.
         """
         self.student_path, self.teacher_path = str(student), str(teacher)
         self.judge, self.max_tokens, self.rows_at_once = judge, max_tokens, rows_at_once
+        self.device = device
         self.tokenizer = load_tokenizer(self.student_path)
         self.ends = end_tokens(self.student_path)
+
+    def _load(self, path: str) -> PreTrainedModel:
+        return load_model(path, device=self.device)
 
     @cached_property
     def student(self) -> PreTrainedModel:
         """Samples; takes on every run's weights."""
-        return prepare(load_model(self.student_path))
+        return prepare(self._load(self.student_path))
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
         """Scores."""
-        return packed.prepare(load_model(self.teacher_path))
+        return packed.prepare(self._load(self.teacher_path))
 
     @cached_property
     def teacher_sampler(self) -> PreTrainedModel:
-        return prepare(load_model(self.teacher_path))
+        return prepare(self._load(self.teacher_path))
 
     def prompts(
         self, rows: Sequence[Row], n: int, *, seed: int, shuffle: bool, top: int = 0
@@ -176,7 +182,7 @@ class Stages:
         """One run of so many `steps` of `settings.groups_per_step` prompts with `rollouts` samples
         each, or until `tokens` have been sampled. Leaves its weights in `student`."""
         torch.manual_seed(seed)
-        learner = Learner(load_model(self.student_path), settings, temperature=1.0)
+        learner = Learner(self._load(self.student_path), settings, temperature=1.0)
         asked, need = settings.objective, objective(settings.objective)
         source = self.prompts(rows, rollouts, seed=seed, shuffle=True, top=asked.student_top)
         trained, prompts = Trained(), settings.groups_per_step
