@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,13 @@ def run_module(name: str, *arguments: str, **environment: str) -> dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def step(guard: Path) -> Callable[..., dict[str, Any]]:
-    """Runs `step.py` with these arguments; what it counted."""
+def emulated(guard: Path) -> Callable[..., dict[str, Any]]:
+    """Runs a module of this folder with these arguments; what it counted."""
     preloaded = {"LD_LIBRARY_PATH": str(TORCH / "lib"), "LD_PRELOAD": str(guard)}
-    return lambda *arguments: run_module("step", *arguments, **preloaded)
+    return lambda name, *arguments: run_module(name, *arguments, **preloaded)
+
+
+@pytest.fixture(scope="session")
+def step(emulated: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Runs `step.py` with these arguments; what it counted."""
+    return partial(emulated, "step")

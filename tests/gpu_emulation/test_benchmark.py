@@ -1,0 +1,23 @@
+"""The parts of `benchmarks/gpu.sh` run on a GPU, with its kernels: the day that one can be had is
+no day for finding out that they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu_parts import REGIMES
+from tests.gpu_emulation.benchmark import PARTS
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_part_runs_the_kernels_of_a_gpu(emulated: Callable[[str], dict[str, Any]]) -> None:
+    called = emulated("benchmark")
+    assert [*called] == [*PARTS]
+    assert called["matrix rate"] == ["mm bfloat16"]
+    for name in REGIMES:
+        assert {"_varlen_attn_backward bfloat16", "add_slope bfloat16"} <= set(called[name])
+    assert {name for name in called["scoring"] if "attn" in name} == {"_varlen_attn bfloat16"}
