@@ -133,17 +133,16 @@ def _activations(shape: Shape, trainer: TrainerConfig, longest: int) -> float:
     layer = tokens * (wide * shape.inner + narrow * shape.hidden)
     kept = size * tokens * shape.hidden if trainer.gradient_checkpointing else layer
     pairs = 0 if half else 4 * shape.heads * longest**2  # no kernel for float32 does without
-    # Autocast keeps what it has cast until the forward pass is over, or the backward pass needs it.
+    # Autocast keeps what it has cast for the backward pass, where that does not cast again.
     sharded = is_sharded(trainer, trainer.ranks)
     cast = 2 * (shape.parameters - shape.output) if mixed and not sharded else 0
     states, logits = tokens * shape.hidden, CHUNK_BYTES["cuda"] / 2
-    forward, backward = cast + logits + 24 * states, logits + 47 * states
-    backward += 2 * mixed * shape.output  # what is cast
+    output = logits + 47 * states + 2 * mixed * shape.output  # what is cast of the matrix
     if trainer.lora is None:
-        backward += 6 * shape.output  # its gradients, in bfloat16 and summed
+        output += 6 * shape.output  # its gradient, as computed and as summed
     if trainer.gradient_checkpointing:
-        return shape.layers * kept + 3 * pairs + max(forward, backward, 2 * layer)
-    return shape.layers * (kept + pairs) + 2 * pairs + cast + max(forward - cast, backward)
+        return shape.layers * kept + 3 * pairs + max(output, 2 * layer)
+    return shape.layers * (kept + pairs) + 2 * pairs + cast + output
 
 
 @dataclass(frozen=True)

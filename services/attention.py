@@ -30,7 +30,9 @@ class Buckets:
 
     indices: tuple[Tensor, ...]  # [S_b, L_b] int64, index in the pack of each token of a bucket
     real: tuple[Tensor, ...]  # [S_b, L_b] bool, False on padding
-    back: Tensor  # [T] int64, where each token of the pack is among the real ones, in turn
+    # [T] int64, where each token of the pack is among all places of the buckets, one after another.
+    # Positions and no mask: what a mask lets through is a number that the host would wait for.
+    back: Tensor
 
     @staticmethod
     def of(lengths: Sequence[int]) -> Buckets:
@@ -48,11 +50,12 @@ class Buckets:
             np.where(r, starts[part, None] + c, 0)
             for part, c, r in zip(parts, columns, real, strict=True)
         ]
-        turns = [p[r] for p, r in zip(indices, real, strict=True)]
+        turns = [p[r] for p, r in zip(indices, real, strict=True)] or [np.empty(0, np.int64)]
+        places = np.flatnonzero(np.concatenate([r.ravel() for r in real] or [np.empty(0, bool)]))
         return Buckets(
             indices=tuple(torch.from_numpy(p) for p in indices),
             real=tuple(torch.from_numpy(r) for r in real),
-            back=torch.from_numpy(np.argsort(np.concatenate(turns or [np.empty(0, np.int64)]))),
+            back=torch.from_numpy(places[np.argsort(np.concatenate(turns))]),
         )
 
     def filled_up(self, count: int) -> Buckets:
@@ -69,6 +72,10 @@ class Buckets:
             real=tuple(on_device(r, device) for r in self.real),
             back=on_device(self.back, device),
         )
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """[T, …] in the pack's order, of [S_b, L_b, …] from each bucket."""
+        return torch.cat([part.flatten(0, 1) for part in parts])[self.back]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,13 +161,16 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     known = signature(varlen_attn).parameters  # they differ from one torch to the next
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     before = -1 if rule.window is None else rule.window - 1
-    causal: Any = {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=rule.scale, **causal)
+    more: Any = {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            more["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=rule.scale, **more)
     assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
     return out[None]
 
@@ -177,10 +187,10 @@ def _bucketed(query: Tensor, key: Tensor, value: Tensor, buckets: Buckets, rule:
         out = _causal(q, k, v, rule)
         return out.transpose(1, 2).flatten(0, 1)[None]
     outputs = []
-    for indices, real in zip(buckets.indices, buckets.real, strict=True):
-        q, k, v = (x[0][:, indices].transpose(0, 1) for x in (query, key, value))
-        outputs.append(_causal(q, k, v, rule).transpose(1, 2)[real])
-    return torch.cat(outputs)[buckets.back][None]
+    for indices in buckets.indices:
+        q, k, v = (_rows(x[0], indices) for x in (query, key, value))
+        outputs.append(_causal(q, k, v, rule).transpose(1, 2))
+    return buckets.joined(outputs)[None]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
@@ -224,13 +234,12 @@ class _Cascaded(torch.autograd.Function):
     ) -> Tensor:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         outputs, normalisers = [], []
-        for indices, real in zip(buckets.indices, buckets.real, strict=True):
+        for indices in buckets.indices:
             q, k, v = (_rows(x[0], indices) for x in (query, key, value))
             out, normaliser = flash(q, k, v, is_causal=True, scale=scale)
-            outputs.append(out.transpose(1, 2)[real])
-            normalisers.append(normaliser.transpose(1, 2)[real])
-        output = torch.cat(outputs)[buckets.back]
-        total = torch.cat(normalisers)[buckets.back]
+            outputs.append(out.transpose(1, 2))
+            normalisers.append(normaliser.transpose(1, 2))
+        output, total = buckets.joined(outputs), buckets.joined(normalisers)
         for start, middle, end in prefixes:
             after = slice(middle, end)
             q = _folded(query[0, :, after], key.shape[1])
@@ -259,8 +268,8 @@ class _Cascaded(torch.autograd.Function):
             normaliser = normaliser.masked_fill(~real[:, None], math.inf)  # padding sees nothing
             gradients = flash(slope, q, k, v, out, normaliser, 0.0, True, scale=scale)
             for kept, x in zip(parts, gradients, strict=True):
-                kept.append(x.transpose(1, 2)[real])
-        for_query, for_key, for_value = (torch.cat(kept)[buckets.back] for kept in parts)
+                kept.append(x.transpose(1, 2))
+        for_query, for_key, for_value = (buckets.joined(kept) for kept in parts)
         for start, middle, end in prefixes:
             after = slice(middle, end)
             k, v = (x[:, :, start:middle] for x in (key, value))

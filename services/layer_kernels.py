@@ -263,5 +263,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: [1, H, T, D], its last axis contiguous. cos, sin: [1, T, D]; no gradient reaches them.
     """
-    turned: Tensor = _rotate(x[0].transpose(0, 1), cos[0].contiguous(), sin[0].contiguous(), False)
+    # Squeezed and not indexed, whose gradient would be a copy.
+    laid = x.squeeze(0).transpose(0, 1)
+    turned: Tensor = _rotate(laid, cos[0].contiguous(), sin[0].contiguous(), False)
     return turned.transpose(0, 1)[None]

@@ -203,10 +203,10 @@ def _all_hidden(model: PreTrainedModel, pack: Pack, proven: layouts.Proven) -> T
             prefixes=pack.prefixes,
         )[0]
     rows = [
-        layouts.last_hidden(model, proven.source, input_ids=pack.token_ids[indices])[real]
-        for indices, real in zip(pack.buckets.indices, pack.buckets.real, strict=True)
+        layouts.last_hidden(model, proven.source, input_ids=pack.token_ids[indices])
+        for indices in pack.buckets.indices
     ]
-    return torch.cat(rows)[pack.buckets.back]
+    return pack.buckets.joined(rows)
 
 
 def token_logprobs(
@@ -268,10 +268,9 @@ def linear_logprobs(
 ) -> TargetLogProbs:
     """Log-probs of `targets` under `softmax((hidden @ weight.T + bias) / temperature)`.
 
-    The logits exist for a chunk of `CHUNK_BYTES` at a time: in the forward and, when there are
-    more chunks than one, computed again in the backward, which writes the gradient of the weight
-    into one buffer. With autocast, matrix
-    products run in its precision; all else is float32.
+    The logits exist for a chunk of `CHUNK_BYTES` at a time: of some tokens in the forward and, when
+    there are more chunks than one, of a part of the vocabulary in the backward, which computes them
+    again. With autocast, matrix products run in its precision; all else is float32.
 
     Args:
         hidden: [C, H]. weight: [V, H]. bias: [V] or None.
@@ -309,21 +308,18 @@ class _LinearLogProbs(torch.autograd.Function):
         logprobs = hidden.new_empty(len(temperatures), *targets.shape, dtype=torch.float32)
         entropy = hidden.new_empty(len(targets) if want_entropy else 0, dtype=torch.float32)
         normalisers = hidden.new_empty(len(temperatures), len(targets), dtype=torch.float32)
-        chunks = _chunks(hidden, weight)
+        chunks = _chunks(len(hidden), len(weight), hidden.device)
         for part in chunks:
             logits = F.linear(hidden[part], weight, bias)
             mapped = logit_map(logits)
             for row, temperature in enumerate(temperatures):
-                if fused := _kernels(mapped):
-                    normaliser, spread = fused.summary(mapped, temperature)
-                    chosen = mapped.gather(1, targets[part]).float() / temperature
-                    logprobs[row, part] = chosen - normaliser[:, None]
-                    normalisers[row, part] = normaliser
-                else:
-                    table = torch.log_softmax(_at(mapped, temperature), 1, dtype=torch.float32)
-                    logprobs[row, part] = table.gather(1, targets[part])
+                spread_too = want_entropy and row == len(temperatures) - 1
+                normaliser, spread = _summary(mapped, temperature, spread_too)
+                chosen = mapped.gather(1, targets[part]).float() / temperature
+                logprobs[row, part] = chosen - normaliser[:, None]
+                normalisers[row, part] = normaliser
             if want_entropy:
-                entropy[part] = spread if fused else -torch.linalg.vecdot(table.exp(), table)
+                entropy[part] = spread
         # One chunk is what may exist at any time, so it may as well be kept.
         kept = logits if len(chunks) == 1 else None
         ctx.save_for_backward(hidden, weight, bias, targets, kept, normalisers)
@@ -342,53 +338,68 @@ class _LinearLogProbs(torch.autograd.Function):
             )
             if gradient is not None
         ]
-        for_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        for_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        )
-        for_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for part in _chunks(hidden, weight):
-            logits = F.linear(hidden[part], weight, bias) if kept is None else kept
-            mapped = ctx.logit_map(logits)
-            if not wanted:
-                break
-            slope = _slope(mapped, targets[part], [(t, g[part], n[part]) for t, g, n in wanted])
+        needs = ctx.needs_input_grad
+        for_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None
+        for_weight = torch.zeros_like(weight) if needs[1] else None
+        for_bias = torch.zeros_like(bias) if needs[2] else None
+        # Chunks of the vocabulary, for all tokens: each part of the weight's gradient is one
+        # product, and what is added up over chunks is the smaller gradient of the hidden states.
+        chunks = [slice(0, len(weight))]
+        if kept is None:
+            chunks = _chunks(len(weight), len(hidden), hidden.device)
+        for part in chunks if wanted else ():
+            offset = None if bias is None else bias[part]
+            logits = F.linear(hidden, weight[part], offset) if kept is None else kept
+            slope = _slope(ctx.logit_map(logits), targets - part.start, wanted)
             if ctx.logit_map != layouts.LogitMap():
                 slope = slope * ctx.logit_map.slope(logits)
             narrow = slope.to(weight.dtype)
             if for_hidden is not None:
-                for_hidden[part] = narrow @ weight
+                _add_product(for_hidden, narrow, weight[part])
             if for_weight is not None:
-                _add_product(for_weight, narrow, hidden[part])
+                torch.mm(narrow.T, hidden, out=for_weight[part])
             if for_bias is not None:
-                for_bias += slope.sum(0, dtype=torch.float32)
-        return (
-            for_hidden,
-            for_weight.to(weight.dtype) if for_weight is not None else None,
-            for_bias.to(bias.dtype) if for_bias is not None else None,
-            None,
-            None,
-            None,
-            None,
-        )
+                for_bias[part] = slope.sum(0, dtype=torch.float32)
+        if for_hidden is not None:
+            for_hidden = for_hidden.to(hidden.dtype)
+        return for_hidden, for_weight, for_bias, None, None, None, None
+
+
+def _summary(logits: Tensor, temperature: float, want_entropy: bool) -> tuple[Tensor, Tensor]:
+    """[C] log-normaliser and, if wanted, [C] entropy of softmax(logits / temperature), float32."""
+    if fused := _kernels(logits):
+        both: tuple[Tensor, Tensor] = fused.summary(logits, temperature)
+        return both
+    scaled = _at(logits, temperature).float()
+    normaliser = torch.logsumexp(scaled, 1)
+    if not want_entropy:
+        return normaliser, normaliser.new_empty(0)
+    return normaliser, torch.special.entr((scaled - normaliser[:, None]).exp_()).sum(1)
 
 
 def _slope(
     logits: Tensor, targets: Tensor, wanted: Sequence[tuple[float, Tensor, Tensor]]
 ) -> Tensor:
-    """[C, V], of the loss by the logits: float32, or the logits' own precision where nothing is
-    added to it. For each temperature, the gradients [C, M] that reach the targets' log-probs, and
-    the log-normalisers [C]."""
+    """[C, W], of the loss by W neighbouring logits: float32, or the logits' own precision where
+    nothing is added to it.
+
+    Args:
+        targets: [C, M], counted from the first of these logits; others are not among them.
+        wanted: for each temperature, the gradients [C, M] that reach the targets' log-probs, and
+            the log-normalisers [C].
+    """
     if fused := _kernels(logits):
         slope = torch.empty_like(logits, dtype=torch.float32 if len(wanted) > 1 else logits.dtype)
         for index, (temperature, gradient, normaliser) in enumerate(wanted):
             fused.add_slope(logits, normaliser, targets, gradient, slope, temperature, not index)
         return slope
+    inside = (targets >= 0) & (targets < logits.shape[1])
     total: Tensor | None = None
-    for temperature, gradient, _ in wanted:
+    for temperature, gradient, normaliser in wanted:
         scaled = gradient / temperature
-        slope = torch.softmax(_at(logits, temperature), 1, dtype=torch.float32)
-        slope.mul_(-scaled.sum(1, keepdim=True)).scatter_add_(1, targets, scaled)
+        slope = (_at(logits, temperature) - normaliser[:, None]).exp_()
+        slope.mul_(-scaled.sum(1, keepdim=True))
+        slope.scatter_add_(1, targets.where(inside, 0), scaled.where(inside, 0.0))
         total = slope if total is None else total.add_(slope)
     assert total is not None  # asked for at one temperature at least
     return total
@@ -427,17 +438,16 @@ def _at(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left.T @ right, in place where the precisions agree."""
+    """total += left @ right, in place where the precisions agree."""
     if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
+        total.addmm_(left, right)
     else:
-        total += left.T @ right
+        total += left @ right
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Parts of the scored tokens whose logits take `CHUNK_BYTES`, all of about one size."""
-    count = len(hidden)
-    limit = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))
+def _chunks(count: int, each: int, device: torch.device) -> list[slice]:
+    """Parts of `count` rows with `each` logits that take `CHUNK_BYTES`, all of about one size."""
+    limit = max(1, CHUNK_BYTES[device.type] // (4 * max(1, each)))
     size = -(-count // max(1, -(-count // limit))) if count else 1
     return [slice(at, min(count, at + size)) for at in range(0, count, size)]
 
@@ -484,7 +494,7 @@ def score_top(
         targets = torch.cat([targets, candidates.to(model.device)], 1)
     scored = [
         _chunk_top(logit_map(head(hidden[part]).float()), targets[part], top, entropy)
-        for part in _chunks(hidden, head.weight)
+        for part in _chunks(len(hidden), len(head.weight), hidden.device)
     ]
     flat = [torch.cat(parts).cpu() for parts in zip(*scored, strict=True)]
     split = [torch.split(part, list(batch.lengths)) for part in flat]

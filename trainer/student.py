@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
@@ -65,6 +66,7 @@ class Student:
                 _in_float32(router)
         if self.sharded:
             _shard(model, config, device, self.ranks)
+        self._checkpointing = config.gradient_checkpointing
         self._autocast = config.autocast == "bfloat16" and not self.sharded
         # Taken now: between forward and backward the modules hold full tensors in their stead.
         self._parameters = dict(model.named_parameters())
@@ -75,7 +77,12 @@ class Student:
     def forward(self, function: Callable[..., Tensor], pack: Pack, *arguments: Any) -> Tensor:
         """`function(model, pack, *arguments)` with the parameters whole and in the precision that
         is computed in."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+        # No weight is cast twice in a forward, so a cache of the casts would only hold them: all
+        # layers' until the end, where checkpointing holds nothing else of a layer.
+        kept = not self._checkpointing
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=kept
+        ):
             if not self.sharded:
                 return function(self.model, pack, *arguments)
             if proven(self.model).layout == "rows":  # which runs the layers once a bucket
@@ -113,9 +120,14 @@ class Student:
             p.grad = part.view_as(p)
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Scales gradients down to a norm of `max_norm`; returns the norm that they had."""
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), max_norm)
-        return float(_full(norm))
+        """Scales gradients down to a norm of `max_norm`; returns the norm that they had. Those that
+        are smaller are only read: scaling by 1 would move all of them twice more."""
+        trained = list(self.trained.values())
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        had = float(_full(norm))
+        if had > max_norm:
+            clip_grads_with_norm_(trained, max_norm, norm)
+        return had
 
     # ---------------------------------------------------------------------------- publishing
 

@@ -24,6 +24,9 @@ ROOMS = ("/services/", "/trainer/", "/rollout/", "/teacher/")
 BYTES_A_S, PRODUCTS_A_S = 2.7e12, 620e12  # assumed of an H100: memory, bfloat16 matrices
 _PRODUCTS = {"mm", "addmm", "bmm"}
 _BLOCK = 512  # bytes, what torch's CUDA allocator rounds up to
+_NAMED_ALONE = {"gather", "embedding"}  # of their first tensor they read what indices name alone
+_WRITTEN_ALONE = {"copy_", "zero_", "fill_", "add_slope"}  # in place, whatever was there before
+_READ_ALONE = {"grads"}  # which the optimizer would write only if it unscaled them
 _NO_COPY = {"_unsafe_view", "empty_like", "new_empty"}
 _SYNCING = {"nonzero", "masked_select", "_unique2", "unique_dim"}  # sizes that the host must know
 
@@ -94,13 +97,14 @@ class FakeCuda(TorchDispatchMode):
             self._hold(tensor)
         if given:
             self.calls[f"{name} {str(given[0].dtype).removeprefix('torch.')}"] += 1
-        read = given[1:] if name == "gather" else given  # it reads what the indices name alone
-        touched = {id(x): x.numel() * x.element_size() for x in (*read, *made) if x.is_cuda}
         if not func.is_view and space != "prim" and name not in _NO_COPY:
-            self.moved[name] += sum(touched.values())
+            read = given[1:] if name in _NAMED_ALONE else given
+            moved = sum(_bytes(x) for x in _different([*read, *made]))
+            moved += sum(_bytes(x) for x in _changed(func, args, kwargs))
+            self.moved[name] += moved
             work = flop_registry.get(func._overloadpacket, lambda *_, **__: 0)
             products = work(*args, **kwargs, out_val=out) if name in _PRODUCTS else 0
-            self.seconds[name] += max(sum(touched.values()) / BYTES_A_S, products / PRODUCTS_A_S)
+            self.seconds[name] += max(moved / BYTES_A_S, products / PRODUCTS_A_S)
         return out
 
     def _all_of(self, tensor: Tensor, indices: Any) -> Tensor:
@@ -135,6 +139,27 @@ class FakeCuda(TorchDispatchMode):
         frame = next(frames, None)
         where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" if frame else "autograd"
         self.syncs[f"{operator} {where}"] += 1
+
+
+def _different(tensors: list[Tensor]) -> list[Tensor]:
+    return list({id(x): x for x in tensors if x.is_cuda}.values())
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """What is read and written in place: moved twice."""
+    if func._schema.name.partition("::")[2] in _WRITTEN_ALONE:
+        return []
+    named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+    written = [
+        named.get(a.name)
+        for a in func._schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write and a.name not in _READ_ALONE
+    ]
+    return _different([x for x in tree_leaves(written) if isinstance(x, FakeTensor)])
 
 
 def _of_a_room(file: str) -> bool:

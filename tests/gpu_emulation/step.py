@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
+from services import layouts
+from services.fused import fuse
 from services.trajectory import (
     Prompt,
     RolloutGroup,
@@ -33,8 +35,8 @@ PROMPT = 128
 ATTENTION_A_S, BACK_A_S = 330e12, 270e12  # FLOP/s assumed of an H100, forward and backward
 
 
-def qwen_1_5b(layers: int) -> Qwen2Config:
-    """DeepSeek-R1-Distill-Qwen-1.5B, with 28 layers."""
+def qwen_1_5b(layers: int, window: int | None = None) -> Qwen2Config:
+    """DeepSeek-R1-Distill-Qwen-1.5B, with 28 layers; with a window, all but the first have it."""
     return Qwen2Config(
         vocab_size=151_936,
         hidden_size=1_536,
@@ -44,6 +46,9 @@ def qwen_1_5b(layers: int) -> Qwen2Config:
         num_key_value_heads=2,
         max_position_embeddings=131_072,
         tie_word_embeddings=False,
+        use_sliding_window=window is not None,
+        sliding_window=window,
+        max_window_layers=1,
     )
 
 
@@ -75,16 +80,27 @@ def attach_there(attach: Any) -> Any:
     return attached
 
 
+def made(shape: Qwen2Config, dtype: str, layout: layouts.Layout) -> PreTrainedModel:
+    """The model on the device, in a layout that nothing can be measured of there."""
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype))
+    layouts.record(fuse(model), layouts.Proven(layout, layouts.LogitMap()))
+    return model
+
+
 def counted(
-    config: TrainerConfig, lengths: list[int], layers: int, dtype: str
+    config: TrainerConfig,
+    lengths: list[int],
+    shape: Qwen2Config,
+    dtype: str,
+    layout: layouts.Layout,
 ) -> dict[str, object]:
     """One step on one rank."""
     batch = Batch.of([scored(lengths)])
     if torch.distributed.is_initialized():
         batch = batch.part(range(len(lengths)))  # this rank's share
     with FakeCuda() as device:
-        with torch.device("cuda"):
-            model = AutoModelForCausalLM.from_config(qwen_1_5b(layers), dtype=getattr(torch, dtype))
+        model = made(shape, dtype, layout)
         learner = Learner(
             model,
             config,
@@ -103,6 +119,7 @@ def counted(
         learner.student.sum_gradients()
         summed = device.peak
         device.peak = device.live
+        learner.student.clip_gradients(config.optimizer.max_grad_norm)
         learner._optimizer.step()
         optimizer, calls, moved = device.peak, Counter(device.calls), Counter(device.moved)
         seconds = Counter(device.seconds)
@@ -141,6 +158,8 @@ def main() -> None:
     arguments.add_argument("--dtype", default="float32", help="of the weights")
     arguments.add_argument("--lengths", default="12288,3840")
     arguments.add_argument("--layers", type=int, default=28)
+    arguments.add_argument("--window", type=int, help="tokens that all layers but one see")
+    arguments.add_argument("--layout", default="packed", choices=["packed", "rows"])
     arguments.add_argument("--no-checkpointing", action="store_true")
     arguments.add_argument("--lora", action="store_true")
     arguments.add_argument("--ranks", type=int, default=1, help="replicas, of which one is here")
@@ -160,7 +179,8 @@ def main() -> None:
             "parallel": "ddp",
         }
     )
-    print(json.dumps(counted(config, lengths, given.layers, given.dtype), indent=2))
+    shape = qwen_1_5b(given.layers, given.window)
+    print(json.dumps(counted(config, lengths, shape, given.dtype, given.layout), indent=2))
 
 
 if __name__ == "__main__":
