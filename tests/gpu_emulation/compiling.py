@@ -9,6 +9,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+CAPABILITIES = (80, 86, 89, 90)  # A100; A10G; L4 and L40S; H100
+
 
 def binaries(
     kernels: Sequence[Any], types: Mapping[str, str], sizes: Mapping[str, int], capability: int

@@ -18,8 +18,17 @@ import torch
 
 HERE, TORCH = Path(__file__).parent, Path(torch.__file__).parent
 COMPILER = shutil.which("c++")
-if COMPILER is None or torch.version.cuda is not None:  # a CUDA build has a guard of its own
+MISSING = "no C++ compiler (c++)" if COMPILER is None else ""
+if torch.version.cuda is not None:  # which has a guard of its own
+    MISSING = "torch is a CUDA build"
+if MISSING:
     collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says what was left out, once and at the end: nobody misses what is not collected."""
+    if MISSING:
+        terminalreporter.write_line(f"tests/gpu_emulation was not run: {MISSING}", yellow=True)
 
 
 @pytest.fixture(scope="session")

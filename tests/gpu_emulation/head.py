@@ -11,7 +11,7 @@ import os
 import torch
 
 from services import head_kernels
-from tests.gpu_emulation.compiling import binaries
+from tests.gpu_emulation.compiling import CAPABILITIES, binaries
 
 
 def differences(rows: int, vocabulary: int, targets: int, dtype: torch.dtype) -> dict[str, float]:
@@ -58,7 +58,7 @@ def main() -> None:
         ]
         print(json.dumps({name: max(part[name] for part in made) for name in made[0]}))
     else:
-        print(json.dumps({capability: compiled(capability) for capability in (80, 90)}))
+        print(json.dumps({capability: compiled(capability) for capability in CAPABILITIES}))
 
 
 if __name__ == "__main__":

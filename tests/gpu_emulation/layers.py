@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from services import layer_kernels
-from tests.gpu_emulation.compiling import binaries
+from tests.gpu_emulation.compiling import CAPABILITIES, binaries
 
 
 def difference(
@@ -104,7 +104,7 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print(json.dumps(interpreted()))
     else:
-        print(json.dumps({capability: compiled(capability) for capability in (80, 90)}))
+        print(json.dumps({capability: compiled(capability) for capability in CAPABILITIES}))
 
 
 if __name__ == "__main__":
