@@ -104,7 +104,7 @@ def test_the_whole_model_needs_what_scope_check_says(step: Step, tmp_path: Path)
     assert counted["parameters"] == 1_777_088_000
     assert counted["later_peak_bytes"] == pytest.approx(said(tmp_path, 28, AUTOCAST), rel=0.1)
     assert sum(counted["seconds"].values()) < 0.6  # at assumed rates, see fake_cuda.py
-    assert counted["backward_peak_bytes"] < 30e9  # a run's first: gradients are made in it
+    assert counted["backward_peak_bytes"] < 30e9  # a step's first: gradients are made in it
     assert counted["later_peak_bytes"] < 35e9
 
 
