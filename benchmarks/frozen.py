@@ -1,13 +1,23 @@
-"""One frozen batch of rollouts, for every contestant of `benchmarks.learner` the same."""
+"""One frozen batch of rollouts, for every contestant of `benchmarks.learner` the same, and the
+random models that it is of."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from services.packed import pack, prepare, token_logprobs
 from services.trajectory import (
@@ -22,6 +32,17 @@ from services.trajectory import (
 
 VOCAB = 4096
 PAD, EOS = 0, 1
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A student, a teacher that differs from it, and their tokenizer; each call makes new ones."""
+
+    student: Callable[[], PreTrainedModel]
+    teacher: Callable[[], PreTrainedModel]
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,41 +77,62 @@ def make_model(seed: int, *, hidden: int = 256, layers: int = 4) -> Qwen3ForCaus
     return Qwen3ForCausalLM(config).eval()
 
 
-def make_groups(
-    student: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, lengths: Lengths
-) -> list[ScoredGroup]:
-    """Groups of random tokens with the true log-probs of both models; half are correct."""
+def random_groups(lengths: Lengths) -> list[ScoredGroup]:
+    """Groups of random tokens, under the random models."""
     random = np.random.default_rng(1)
+    drawn = [
+        (
+            random.integers(2, VOCAB, random.integers(*lengths.prompt)).astype(np.int32),
+            [random.integers(2, VOCAB, size).astype(np.int32) for size in sizes],
+        )
+        for sizes in lengths.draw()
+    ]
+    return as_groups(TINY, drawn, longest=lengths.longest)
+
+
+def as_groups(
+    models: Models, drawn: Sequence[tuple[Tokens, Sequence[Tokens]]], *, longest: int
+) -> list[ScoredGroup]:
+    """Groups of prompts with their completions, and the true log-probs of both models; half of the
+    completions are correct.
+
+    Args:
+        longest: that a completion may be, in tokens.
+    """
+    behaviour, scores = (_logprobs(make(), drawn) for make in (models.student, models.teacher))
     groups = []
-    for order, sizes in enumerate(lengths.draw()):
-        prompt = random.integers(2, VOCAB, random.integers(*lengths.prompt)).astype(np.int32)
-        completions = [random.integers(2, VOCAB, size).astype(np.int32) for size in sizes]
-        behaviour = _logprobs(student, prompt, completions)
-        scores = _logprobs(teacher, prompt, completions)
+    for order, (prompt, completions) in enumerate(drawn):
         rollout = RolloutGroup(
-            Prompt(str(order), order, prompt, "", "", Sampling(lengths.n, lengths.longest)),
+            Prompt(str(order), order, prompt, "", "", Sampling(len(completions), longest)),
             tuple(
                 Trajectory(ids, lp, "stop", "")
-                for ids, lp in zip(completions, behaviour, strict=True)
+                for ids, lp in zip(completions, behaviour[order], strict=True)
             ),
             weight_version=0,
         )
         verdicts = tuple(
-            Verdict("correct" if index % 2 else "incorrect", "") for index in range(lengths.n)
+            Verdict("correct" if index % 2 else "incorrect", "")
+            for index in range(len(completions))
         )
-        groups.append(ScoredGroup(VerifiedGroup(rollout, verdicts), dict(enumerate(scores)), "t"))
+        verified = VerifiedGroup(rollout, verdicts)
+        groups.append(ScoredGroup(verified, dict(enumerate(scores[order])), "t"))
     return groups
 
 
 @torch.no_grad()
 def _logprobs(
-    model: Qwen3ForCausalLM, prompt: np.ndarray, completions: list[np.ndarray]
-) -> list[np.ndarray]:
-    packed = pack(
-        [[*prompt.tolist(), *ids.tolist()] for ids in completions], [len(prompt)] * len(completions)
-    )
-    flat = token_logprobs(prepare(model), packed, [1.0])[0].numpy()
-    return np.split(flat, np.cumsum([len(ids) for ids in completions])[:-1])
+    model: PreTrainedModel, drawn: Sequence[tuple[Tokens, Sequence[Tokens]]]
+) -> list[list[npt.NDArray[np.float32]]]:
+    """Of each prompt's completions."""
+    prepared, made = prepare(model), []
+    for prompt, completions in drawn:
+        packed = pack(
+            [np.concatenate([prompt, ids]) for ids in completions],
+            [len(prompt)] * len(completions),
+        )
+        flat = token_logprobs(prepared, packed, [1.0])[0].numpy()
+        made.append(np.split(flat, np.cumsum([len(ids) for ids in completions])[:-1]))
+    return made
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -104,3 +146,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     return fast
+
+
+TINY = Models(partial(make_model, 0), partial(make_model, 1), make_tokenizer)

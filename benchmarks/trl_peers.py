@@ -1,29 +1,41 @@
 """TRL's on-policy distillation trainers on the same models and the same tokens as ours.
 
 `IWOPDTrainer` with gamma 0 is the sampled reverse KL that our objective `opd` is;
-`DistillationTrainer` with beta 1 is the reverse KL over the whole vocabulary. Nothing of TRL is
-changed but where a batch comes from: the frozen ones below take their rollouts and the teacher's
-side from the batch, so that only the learner's work is timed.
+`DistillationTrainer` with beta 1 is the reverse KL over the whole vocabulary, and
+`AsyncDistillationTrainer` with beta 1 that of the sampled token and of all others as one. Nothing
+of TRL is changed but where a batch comes from: the frozen ones below take their rollouts and the
+teacher's side from the batch, so that only the learner's work is timed.
 """
 
 from __future__ import annotations
 
+import io
+import queue
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerFast,
+    PreTrainedTokenizerBase,
     TrainerCallback,
 )
 from transformers.utils import logging as transformers_logging
 from trl import DistillationConfig, DistillationTrainer
+from trl.experimental.async_distillation import (
+    AsyncDistillationConfig,
+    AsyncDistillationTrainer,
+    async_distillation_trainer,
+)
+from trl.experimental.async_distillation.async_rollout_worker import RolloutSample
 from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 from trl.trainer.utils import pad
 
@@ -55,7 +67,7 @@ def common(directory: Path, *, sequences: int, micro: int, steps: int, lr: float
     }  # fmt: skip
 
 
-Trainer = IWOPDTrainer | DistillationTrainer
+Trainer = IWOPDTrainer | DistillationTrainer | AsyncDistillationTrainer
 
 
 class FrozenBatch:
@@ -131,6 +143,59 @@ class FrozenDistillation(DistillationTrainer):  # type: ignore[misc]
         return hidden
 
 
+class FrozenQueue(queue.Queue[RolloutSample]):
+    """The batch's answers, over and over: the trainer's loader asks for one pack more than a step
+    trains on."""
+
+    def __init__(self, groups: Sequence[ScoredGroup]) -> None:
+        super().__init__()
+        self._endless = cycle(
+            _sample(g.prompt.token_ids, t.token_ids, g.teacher_logprobs[index])
+            for g in groups
+            for index, t in enumerate(g.rollout.trajectories)
+        )
+
+    def get(self, block: bool = True, timeout: float | None = None) -> RolloutSample:
+        return next(self._endless)
+
+
+def _sample(prompt: Any, completion: Any, teacher: Any) -> RolloutSample:
+    """An answer with the teacher's log-probs of its own tokens: all that beta 1 reads."""
+    ids = np.concatenate([prompt, completion])
+    trained = np.arange(len(ids)) >= len(prompt)
+    logprobs = np.full(len(ids), -np.inf, np.float32)
+    logprobs[trained] = teacher
+    return RolloutSample(
+        prompt=[], completion=[], input_ids=ids, completion_mask=trained.astype(np.int64),
+        teacher_topk_ids=np.where(trained, ids, -1)[:, None],
+        teacher_topk_logprobs=logprobs[:, None],
+        model_version=0, metrics={}, teacher_id="default", prompt_id=0,
+    )  # fmt: skip
+
+
+class FrozenRollouts:
+    """In the place of the processes that ask vLLM: gives the batch, and does nothing."""
+
+    def __init__(self, groups: Sequence[ScoredGroup]) -> None:
+        self.rollout_buffer = FrozenQueue(groups)
+        self.metrics_queue: queue.Queue[dict[str, float]] = queue.Queue()
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def update_model_version(self, model_version: int) -> None: ...
+    def check_health(self, stale_after_s: float) -> None: ...
+
+
+class NoTransfer:
+    """In the place of the weights' way to vLLM: sends nothing."""
+
+    def init_weight_transfer(self) -> None: ...
+    def pause(self) -> None: ...
+    def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None: ...
+    def resume(self) -> None: ...
+    def destroy(self) -> None: ...
+
+
 class CountingIWOPD(IWOPDTrainer):  # type: ignore[misc]
     """Counts the tokens that each step trains on."""
 
@@ -157,7 +222,7 @@ class CountingDistillation(DistillationTrainer):  # type: ignore[misc]
 
 def frozen_iw_opd(
     student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     groups: Sequence[ScoredGroup],
     directory: Path,
     *,
@@ -187,7 +252,7 @@ def frozen_iw_opd(
 def frozen_distillation(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     groups: Sequence[ScoredGroup],
     directory: Path,
     *,
@@ -221,12 +286,72 @@ def frozen_distillation(
     return trainer, watch
 
 
+def frozen_async(
+    student: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Sequence[ScoredGroup],
+    directory: Path,
+    *,
+    micro: int,
+    steps: int,
+    lr: float,
+) -> tuple[AsyncDistillationTrainer, Stopwatch]:
+    """A trainer for `steps` optimizer steps, each on all groups, in packs of `micro` answers.
+
+    Args:
+        student: a model's directory: this trainer takes nothing else.
+    """
+    sequences = sum(len(g.rollout.trajectories) for g in groups)
+    watch = Stopwatch()
+    # It asks for the GPU's name, to report the share of its rate, where there may be none.
+    with patch.object(async_distillation_trainer, "get_peak_flops_per_device", return_value=None):
+        trainer = AsyncDistillationTrainer(
+            model=str(student),
+            args=AsyncDistillationConfig(
+                **common(directory, sequences=sequences, micro=micro, steps=steps, lr=lr),
+                beta=1.0,
+                token_budget=0,  # packs of so many answers: every step is the batch, once
+                max_staleness=1_000_000,  # whatever version the weights have
+                # Its own choice, flash attention, is for GPUs.
+                model_init_kwargs={"attn_implementation": "sdpa"},
+            ),
+            train_dataset=Dataset.from_dict({"prompt": ["0"]}),
+            processing_class=tokenizer,
+            callbacks=[watch],
+            rollout_worker=FrozenRollouts(groups),
+            weight_transfer=NoTransfer(),
+        )
+    return trainer, watch
+
+
+@torch.no_grad()
+def leak(trainer: AsyncDistillationTrainer) -> float:
+    """By how much a pack changes what its sequences are alone: the largest difference of a hidden
+    state that the trainer's loss sees, by the states' own size. More than rounding means that
+    sequences of a pack see each other."""
+    (batch, seen), body = (next(iter(trainer.get_train_dataloader())), []), trainer.model.base_model
+    hook = body.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state[0]))
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(trainer.model, batch)
+    hook.remove()
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    ends = [*starts[1:], batch["input_ids"].shape[1]]
+    alone = torch.cat(
+        [
+            body(input_ids=batch["input_ids"][:, start:end]).last_hidden_state[0]
+            for start, end in zip(starts, ends, strict=True)
+        ]
+    )
+    return float((seen[0] - alone).abs().max() / alone.abs().max())
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the trainers' own messages."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         transformers_logging.set_verbosity(before)
