@@ -52,6 +52,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "no teacher weights": {"use_teacher_path_weights": False},
     "teacher path reversed": {"teacher_path_ppl_positive": True},
 }
+BOUND = 5.0  # of the log-ratio, as in `run.yaml`
 ROLLOUTS, ROWS_AT_ONCE = 8, 64
 COUNTS = ("correct", "formed", "asked")  # of a `Tally`
 WARM, COLD = "temperature 1", f"temperature {COOL}"
