@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 
 from deploy.config import load
 from examples.smollm.distil import CONFIG, ROOT
 from examples.smollm.measure import Tally, row
+from examples.smollm.study import COLD, EXPERIMENTS, WARM, settings, table, todo
 from examples.smollm.task import (
     HELD_OUT,
     HELD_OUT_SEED,
@@ -73,5 +75,35 @@ def test_the_readmes_teacher_by_reinforcement_is_a_config() -> None:
     page = (CONFIG.parent / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^\.venv/bin/scope run (\S+) (.+(?:\\\n.+)*)$", page, re.MULTILINE)
     for path, overrides in commands:
-        load(ROOT / path, overrides.replace("\\\n", " ").split())
+        load(ROOT / path, shlex.split(overrides.replace("\\\n", " ")))
     assert len(commands) == 2
+
+
+def test_a_study_run_has_run_yamls_settings_and_another_objective() -> None:
+    shipped = load(CONFIG).trainer
+    assert settings("scope") == shipped
+    assert settings("no weights").objective != shipped.objective
+    for name in EXPERIMENTS:
+        changed = settings(name)
+        assert changed.model_copy(update={"objective": shipped.objective}) == shipped
+        assert getattr(changed.objective, "log_ratio_bound", 5.0) == 5.0
+    assert settings("rft").objective.kind == "rft"
+
+
+def test_no_study_run_is_made_twice() -> None:
+    done = [{"experiment": "scope", "seed": 0}, {"experiment": "rft", "seed": 1}]
+    left = [*todo(done, ["scope", "rft"], 2)]
+    assert left == [("rft", 0), ("scope", 1)]
+
+
+def test_the_studys_differences_are_paired_by_seed() -> None:
+    def run(name: str, seed: int, right: int) -> dict[str, object]:
+        figures = {"correct": [right, 0], "formed": [8, 8], "asked": [right, 0]}
+        return {"experiment": name, "seed": seed, WARM: figures, COLD: figures}
+
+    runs = [run("scope", 0, 4), run("scope", 1, 8), run("rft", 0, 6), run("opd", 3, 0)]
+    rows = table(runs).splitlines()[2:]
+    half = "37.5 ± 158.8"  # 25% and 50%, with one degree of freedom
+    assert rows[0] == f"| scope | 2 | {half} | {half} | 100.0 ± 0.0 | 50.0 ± 0.0 | – |"
+    assert rows[1] == "| opd | 1 | 0.0 | 0.0 | 100.0 | 0.0 | – |"  # of no common seed
+    assert rows[2] == "| rft | 1 | 37.5 | 37.5 | 100.0 | 50.0 | +12.5 |"
