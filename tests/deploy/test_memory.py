@@ -110,7 +110,7 @@ def test_parts_of_one_gpu_of_80_gb(models: dict[str, str]) -> None:
     [
         ("trainer.micro_batch_tokens=32768", "set trainer.micro_batch_tokens to 6144"),
         ("trainer.gradient_checkpointing=false", "set trainer.gradient_checkpointing to true"),
-        ("trainer.resources.gpus=0.4", "raise trainer.resources.gpus to 0.43"),
+        ("trainer.resources.gpus=0.4", "raise trainer.resources.gpus to 0.42"),
         ("teacher.resources.gpus=0.2", "raise teacher.resources.gpus"),
         ("rollout.resources.gpus=0.04", "raise rollout.resources.gpus"),
         ("ray.gpu_memory_gb=24 trainer.resources.gpus=1", "set trainer.offload to true"),

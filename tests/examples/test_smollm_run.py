@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deploy.figures import read
 from examples.smollm import fetch
 from examples.smollm.measure import Tally
+from services.metrics import read
 from tests.waiting import DEADLINE_S
 
 ROOT = Path(__file__).parents[2]

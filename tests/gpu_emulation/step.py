@@ -30,6 +30,7 @@ from trainer import lora
 from trainer.batch import Batch
 from trainer.config import TrainerConfig
 from trainer.learner import Clock, Learner
+from trainer.step_plan import plan_step
 
 PROMPT = 128
 ATTENTION_A_S, BACK_A_S = 330e12, 270e12  # FLOP/s assumed of an H100, forward and backward
@@ -95,10 +96,7 @@ def counted(
     dtype: str,
     layout: layouts.Layout,
 ) -> dict[str, object]:
-    """One step on one rank."""
-    batch = Batch.of([scored(lengths)])
-    if torch.distributed.is_initialized():
-        batch = batch.part(range(len(lengths)))  # this rank's share
+    """One step on one rank, whose share these lengths are."""
     with FakeCuda() as device:
         model = made(shape, dtype, layout)
         learner = Learner(
@@ -108,11 +106,19 @@ def counted(
             device=torch.device("cuda:0"),
             engine_dtype="bfloat16",
         )
+        (plan,) = plan_step(
+            Batch.of([scored(lengths)]),
+            learner.objective,
+            config,
+            ranks=1,
+            pair_cost=learner._pair_cost,
+            share=learner._share,
+        )
         for parameter in learner.student.trained.values():
             learner._moments(parameter)  # which all steps but the first have
         held, device.peak = device.live, device.live
         device.calls.clear(), device.syncs.clear(), device.moved.clear(), device.seconds.clear()
-        learner.backward(*learner.plans(batch), Clock())
+        learner.backward(plan, Clock())
         backward = device.peak
         syncs = Counter(device.syncs)
         device.peak = device.live
@@ -124,7 +130,7 @@ def counted(
         optimizer, calls, moved = device.peak, Counter(device.calls), Counter(device.moved)
         seconds = Counter(device.seconds)
         # As every micro-batch but a run's first: beside gradients and the optimizer's moments.
-        learner.backward(*learner.plans(batch), Clock())
+        learner.backward(plan, Clock())
         later = device.peak
         device.syncs.clear()
         weights = learner.weights()

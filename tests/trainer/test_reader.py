@@ -146,21 +146,20 @@ async def test_waiting_has_a_deadline_and_says_where_the_items_are(
 async def test_the_clock_starts_with_the_first_prompt(
     connection: Connection, streams: Streams
 ) -> None:
-    source = reader(connection, total=2, timeout_s=0.0)
-    await source.start(None)
     looks = 0
 
     def look() -> None:
         nonlocal looks
         looks += 1
 
-    step = asyncio.create_task(source.next_step(0, look))
-    await until(lambda: looks >= 3 or step.done())  # engines start, the student is evaluated
-    assert not step.done()
-    await streams.feed([b"x"], expected_fed=0, max_in_flight=9)
-    with pytest.raises(Stalled, match="fed 1"):
-        await step
-    await source.close()
+    async with reader(connection, total=2, timeout_s=0.0) as source:
+        await source.start(None)
+        step = asyncio.create_task(source.next_step(0, look))
+        await until(lambda: looks >= 3 or step.done())  # engines start, the student is evaluated
+        assert not step.done()
+        await streams.feed([b"x"], expected_fed=0, max_in_flight=9)
+        with pytest.raises(Stalled, match="fed 1"):
+            await step
 
 
 async def test_a_group_that_others_overtook_is_waited_for(

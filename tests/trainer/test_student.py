@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from services import attention, packed
 from services.trajectory import ScoredGroup
 from tests.builders import scored_group, tiny_model
 from tests.trainer import test_families as families
@@ -136,6 +138,7 @@ def _rank(rank: int, ranks: int, directory: str) -> None:
         messages(made("shards"))
     held = {way: unsharded_bytes(made(way)) for way in UNSHARDED}
     torch.save(held, f"{directory}/held {rank}.pt")
+    torch.save({way: computed_in(made(way)) for way in WAYS}, f"{directory}/computed in {rank}.pt")
     for way in WAYS:
         learner = made(way)
         got = outcome(learner)
@@ -175,6 +178,29 @@ def unsharded_bytes(learner: Learner) -> int:
     held = [p.unsharded_accumulated_grad for p in parameters]
     held += [p._unsharded_param.grad for p in parameters]
     return sum(grad.nbytes for grad in held if grad is not None)
+
+
+def computed_in(learner: Learner) -> dict[str, set[torch.dtype]]:
+    """The precision of what enters attention and the output layer. On a GPU the first decides
+    whether the kernel of variable lengths is taken."""
+    found: dict[str, set[torch.dtype]] = {"attention": set(), "output": set()}
+    attend, score = attention._bucketed, packed.linear_logprobs
+
+    def attended(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        found["attention"] |= {query.dtype, key.dtype, value.dtype}
+        return attend(query, key, value, *rest)
+
+    def scored(hidden: Tensor, weight: Tensor, *rest: Any, **more: Any) -> Any:
+        found["output"] |= {hidden.dtype, weight.dtype}
+        return score(hidden, weight, *rest, **more)
+
+    learner._share = False  # shared prompts have a way of their own, which no GPU takes
+    with (
+        mock.patch.multiple(attention, _bucketed=attended),
+        mock.patch.multiple(packed, linear_logprobs=scored),
+    ):
+        learner.backward(own_plan(learner, groups()), Clock())
+    return found
 
 
 def save(learner: Learner, directory: Path) -> None:
@@ -260,6 +286,15 @@ def test_gradients_are_held_whole_and_in_float32_until_they_travel(two_ranks: Pa
     whole = 4 * sum(p.numel() for p in model().parameters())
     for rank in range(2):
         assert torch.load(two_ranks / f"held {rank}.pt") == dict.fromkeys(UNSHARDED, whole)
+
+
+@pytest.mark.slow
+def test_shards_compute_in_the_precision_that_is_asked_for(two_ranks: Path) -> None:
+    for rank in range(2):
+        found = torch.load(two_ranks / f"computed in {rank}.pt")
+        for way in WAYS:
+            asked = {torch.bfloat16 if "bfloat16" in way else torch.float32}
+            assert found[way] == {"attention": asked, "output": asked}, way
 
 
 @pytest.mark.slow
