@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -19,8 +21,15 @@ PROMPTS, N = 4, 8  # of a step
 NOISE = 0.02  # of the teacher, by each matrix's own standard deviation
 
 
+@cache
+def path() -> str:
+    """The model's directory, fetched where it is not there."""
+    fetch.main()
+    return str(fetch.MODEL)
+
+
 def student() -> PreTrainedModel:
-    return load_model(str(fetch.MODEL))
+    return load_model(path())
 
 
 def teacher() -> PreTrainedModel:
@@ -35,7 +44,7 @@ def teacher() -> PreTrainedModel:
     return model
 
 
-SMOLLM = Models(student, teacher, lambda: load_tokenizer(str(fetch.MODEL)))
+SMOLLM = Models(student, teacher, lambda: load_tokenizer(path()))
 
 
 def stories(count: int) -> list[Problem]:
@@ -44,7 +53,7 @@ def stories(count: int) -> list[Problem]:
 
 def sampled_groups() -> list[ScoredGroup]:
     """Real answers to the first stories, of the lengths that they have."""
-    tokenizer, ends = SMOLLM.tokenizer(), end_tokens(str(fetch.MODEL))
+    tokenizer, ends = SMOLLM.tokenizer(), end_tokens(path())
     requests = [
         Request(ids(story, tokenizer, hints=False), Sampling(N, MAX_TOKENS, seed=number))
         for number, story in enumerate(stories(PROMPTS))
