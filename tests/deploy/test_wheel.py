@@ -32,7 +32,7 @@ def pip(*arguments: object) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for folder in SOURCES:
-        ignored = shutil.ignore_patterns("__pycache__")
+        ignored = shutil.ignore_patterns("__pycache__", "build")
         shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
     for file in FILES:
         shutil.copy(ROOT / file, source)
