@@ -150,8 +150,8 @@ def _may_be_packed(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
     others = [name for name, value in vars(config).items() if value and _LIMIT.search(name)]
-    told = {"linear_attention", "conv"} if model.device.type == "cuda" else set()
-    return kinds <= {"full_attention", "sliding_attention"} | told and not others
+    heeding = {"linear_attention", "conv"} if model.device.type == "cuda" else set()
+    return kinds <= {"full_attention", "sliding_attention"} | heeding and not others
 
 
 @contextmanager

@@ -48,7 +48,7 @@ _MOST_ON_DEVICE = 2  # versions: the newest, and the one before for engines that
 class _Version:
     """One version that engines are sent."""
 
-    told: Weights  # all but the tensors
+    announcement: Weights  # all but the tensors
     flat: torch.Tensor  # [bytes] uint8, on the device as a rule
     senders: int = 0  # threads that read it
 
@@ -79,13 +79,13 @@ class Pusher:
         """Makes `weights` what is sent from now on; gives what is to be published of them. Returns
         when they lie on the device. Where two older versions are still being sent, which takes
         engines that hang, these are left on the host and go up tensor by tensor for each engine."""
-        told, flat = weights.announcement(), weights.flat()
+        announcement, flat = weights.announcement(), weights.flat()
         with self._changing:
             self._versions = [one for one in self._versions if one.senders]
             if len(self._versions) < _MOST_ON_DEVICE:
                 flat = flat.to(self._device)  # waited for: engines read it on streams of their own
-            self._versions.append(_Version(told, flat))
-        return told
+            self._versions.append(_Version(announcement, flat))
+        return announcement
 
     def close(self) -> None:
         """Answers nobody any more."""
@@ -124,7 +124,7 @@ class Pusher:
                 end = self._ends.get(ask.member)
                 if end is None:
                     end = self._ends[ask.member] = self._connect(ask)
-                end.source.version, end.client.told = version, version.told
+                end.source.version, end.client.announcement = version, version.announcement
                 end.send_weights()
             except (GetTimeoutError, RayActorError, RayTaskError, RuntimeError) as error:
                 # The engine gives up too, and its worker is replaced by one that asks anew.
@@ -165,11 +165,11 @@ class _Source(WeightSource):
     def metadata(self) -> list[ParamMeta]:
         return [
             ParamMeta(name, getattr(torch, dtype), shape)
-            for name, dtype, shape in self._sent.told.manifest
+            for name, dtype, shape in self._sent.announcement.manifest
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in views(self._sent.told.manifest, self._sent.flat):
+        for name, tensor in views(self._sent.announcement.manifest, self._sent.flat):
             yield name, tensor.to(self._device, non_blocking=True)  # most are there already
 
     @property
@@ -181,7 +181,7 @@ class _Source(WeightSource):
 class _Client:
     """vLLM's `VLLMWeightSyncClient`: each call is made by one rollout worker, on its AsyncLLM."""
 
-    told: Weights  # of the version that is being sent
+    announcement: Weights  # of the version that is being sent
 
     def __init__(self, store: Any, member: str) -> None:
         self._store, self._member = store, member
@@ -196,7 +196,7 @@ class _Client:
         self._call("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._call("finish_weight_update", self.told)
+        self._call("finish_weight_update", self.announcement)
 
     def _call(self, method: str, argument: Any) -> None:
         made = self._store.call.remote(self._member, method, argument)

@@ -96,13 +96,13 @@ def _proof(model: str, longest: int) -> _Proof | None:
         ids = probe_tokens(vocabulary, load_tokenizer(model))[:longest]
         with torch.no_grad():
             logits = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
-        told = logits.float().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
+        logprobs = logits.float().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
     except (*FAILURES, ImportError, OSError) as error:
         _log.warning("%s is not compared with a plain forward: %s", model, error)
         return None
-    if not bool(torch.isfinite(told).all()):
+    if not bool(torch.isfinite(logprobs).all()):
         return None  # broken weights: what they score is refused
-    return _Proof(ids, told[:, 0].numpy())
+    return _Proof(ids, logprobs[:, 0].numpy())
 
 
 class VLLMScorer:
@@ -172,8 +172,8 @@ class VLLMScorer:
         async with self._proving:
             if self._unproven is None:
                 return
-            told = await vllm_core.sequence_logprobs(self._llm, self._unproven.ids)
-            nats = self._unproven.apart(told)
+            scored = await vllm_core.sequence_logprobs(self._llm, self._unproven.ids)
+            nats = self._unproven.apart(scored)
             if not nats <= self._tolerance:
                 raise EngineError(
                     f"{SECTION}: vLLM computes another model than {self._model}: on a fixed "

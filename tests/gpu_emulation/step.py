@@ -10,21 +10,12 @@ import json
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
+from benchmarks.gpu_parts import Shapes, scored_group
 from services import layouts
 from services.fused import fuse
-from services.trajectory import (
-    Prompt,
-    RolloutGroup,
-    Sampling,
-    ScoredGroup,
-    Trajectory,
-    Verdict,
-    VerifiedGroup,
-)
 from tests.gpu_emulation.fake_cuda import FakeCuda, pretend
 from trainer import lora
 from trainer.batch import Batch
@@ -32,7 +23,7 @@ from trainer.config import TrainerConfig
 from trainer.learner import Clock, Learner
 from trainer.step_plan import plan_step
 
-PROMPT = 128
+PROMPT = Shapes().prompt
 ATTENTION_A_S, BACK_A_S = 330e12, 270e12  # FLOP/s assumed of an H100, forward and backward
 
 
@@ -51,24 +42,6 @@ def qwen_1_5b(layers: int, window: int | None = None) -> Qwen2Config:
         sliding_window=window,
         max_window_layers=1,
     )
-
-
-def scored(lengths: list[int]) -> ScoredGroup:
-    """A group of trajectories of these lengths, every second one of them correct."""
-    random = np.random.default_rng(0)
-    prompt_ids, *answers = (
-        random.integers(2, 1_000, size).astype(np.int32) for size in (PROMPT, *lengths)
-    )
-    trajectories = tuple(
-        Trajectory(ids, np.full(len(ids), -1.0, np.float32), "stop", "") for ids in answers
-    )
-    prompt = Prompt("0", 0, prompt_ids, "", "", Sampling(len(lengths), max(lengths)))
-    verdicts = tuple(
-        Verdict("correct" if i % 2 else "incorrect", "") for i in range(len(trajectories))
-    )
-    verified = VerifiedGroup(RolloutGroup(prompt, trajectories, weight_version=0), verdicts)
-    scores = {i: np.full(size, -1.2, np.float32) for i, size in enumerate(lengths)}
-    return ScoredGroup(verified, scores, "teacher")
 
 
 def attach_there(attach: Any) -> Any:
@@ -107,7 +80,7 @@ def counted(
             engine_dtype="bfloat16",
         )
         (plan,) = plan_step(
-            Batch.of([scored(lengths)]),
+            Batch.of([scored_group(Shapes(), lengths)]),
             learner.objective,
             config,
             ranks=1,
