@@ -8,8 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +57,37 @@ def run_module(name: str, *arguments: str, **environment: str) -> dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def emulated(guard: Path) -> Callable[..., dict[str, Any]]:
-    """Runs a module of this folder with these arguments; what it counted."""
-    preloaded = {"LD_LIBRARY_PATH": str(TORCH / "lib"), "LD_PRELOAD": str(guard)}
-    return lambda name, *arguments: run_module(name, *arguments, **preloaded)
+def preloaded(guard: Path) -> dict[str, str]:
+    """The environment that fake CUDA tensors need."""
+    return {"LD_LIBRARY_PATH": str(TORCH / "lib"), "LD_PRELOAD": str(guard)}
 
 
 @pytest.fixture(scope="session")
-def step(emulated: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Runs `step.py` with these arguments; what it counted."""
-    return partial(emulated, "step")
+def step(
+    preloaded: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Runs `step.py` with these arguments; what it counted. One process for all: it takes longer
+    to start than to count."""
+    stderr = tmp_path_factory.mktemp("step") / "stderr"
+    with (
+        stderr.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.gpu_emulation.step", "-"],
+            env={**os.environ, **preloaded},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+
+        def counted(*arguments: str) -> dict[str, Any]:
+            print(*arguments, file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            assert line, stderr.read_text()
+            found: dict[str, Any] = json.loads(line)
+            return found
+
+        yield counted
+        process.stdin.close()

@@ -1,13 +1,18 @@
-"""One step of the learner on a fake GPU, at real shapes; what was counted, as JSON.
+"""One step of the learner on a fake GPU, at real shapes; what was counted, as a line of JSON.
 
 python -m tests.gpu_emulation.step --lengths 12288,3840 --autocast bfloat16
+
+With `-` it reads lines of such arguments, and counts a step for each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -130,8 +135,8 @@ def counted(
     }
 
 
-def main() -> None:
-    """Prints what was counted."""
+def of(words: Sequence[str]) -> dict[str, object]:
+    """What was counted for these arguments."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--autocast", default="bfloat16", choices=["none", "bfloat16"])
     arguments.add_argument("--dtype", default="float32", help="of the weights")
@@ -142,11 +147,7 @@ def main() -> None:
     arguments.add_argument("--no-checkpointing", action="store_true")
     arguments.add_argument("--lora", action="store_true")
     arguments.add_argument("--ranks", type=int, default=1, help="replicas, of which one is here")
-    given = arguments.parse_args()
-    pretend()
-    lora.attach = attach_there(lora.attach)
-    if given.ranks > 1:
-        torch.distributed.init_process_group("fake", rank=0, world_size=given.ranks)
+    given = arguments.parse_args(words)
     lengths = [int(length) for length in given.lengths.split(",")]
     config = TrainerConfig.model_validate(
         {
@@ -159,7 +160,29 @@ def main() -> None:
         }
     )
     shape = qwen_1_5b(given.layers, given.window)
-    print(json.dumps(counted(config, lengths, shape, given.dtype, given.layout), indent=2))
+    with replicas(given.ranks):
+        return counted(config, lengths, shape, given.dtype, given.layout)
+
+
+@contextmanager
+def replicas(ranks: int) -> Iterator[None]:
+    """This process as the first of so many."""
+    if ranks == 1:
+        yield
+        return
+    torch.distributed.init_process_group("fake", rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Prints what was counted."""
+    pretend()
+    lora.attach = attach_there(lora.attach)
+    for words in map(str.split, sys.stdin) if sys.argv[1:] == ["-"] else [sys.argv[1:]]:
+        print(json.dumps(of(words)), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,17 @@ no day for finding out that they do not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from benchmarks.gpu_parts import REGIMES
 from tests.gpu_emulation.benchmark import PARTS
+from tests.gpu_emulation.conftest import run_module
 
 pytestmark = pytest.mark.slow
 
 
-def test_every_part_runs_the_kernels_of_a_gpu(emulated: Callable[[str], dict[str, Any]]) -> None:
-    called = emulated("benchmark")
+def test_every_part_runs_the_kernels_of_a_gpu(preloaded: dict[str, str]) -> None:
+    called = run_module("benchmark", **preloaded)
     assert [*called] == [*PARTS]
     assert called["matrix rate"] == ["mm bfloat16"]
     for name in REGIMES:
