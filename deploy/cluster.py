@@ -14,6 +14,8 @@ from services.errors import RunFailed
 from teacher.serve import ENVIRONMENT
 
 _TRIES = 3
+# What a Ray of one machine needs no process for: nobody takes its only node away with notice.
+_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 class NoRay(RunFailed):
@@ -37,8 +39,8 @@ def start_ray(settings: RayConfig, namespace: str, say: Callable[[str], None]) -
     """
     for name in ("ray.serve", "ray._private.authentication"):  # theirs is not our progress
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.update(ENVIRONMENT | os.environ)
     local = settings.address is None
+    os.environ.update({**ENVIRONMENT, **(_ALONE if local else {}), **os.environ})
     tries = _TRIES if local else 1
     while True:
         tries -= 1

@@ -12,6 +12,7 @@ from ray._private.state import actors
 from ray._private.worker import global_worker
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import (
     PlacementGroupCleanerCallback,
 )
@@ -40,14 +41,17 @@ async def end_fit(fit: asyncio.Future[None]) -> None:
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray Train without its cleaner of placement groups. It asks the dashboard whether the
-    controller lives, takes "not known yet" of a dashboard that is just starting for no, and removes
-    the ranks' group under them (Ray 2.60, on a slow machine). The group goes with its controller
-    anyway."""
+    """Ray Train without two of its callbacks.
+
+    The cleaner of placement groups asks the dashboard whether the controller lives, takes "not
+    known yet" of a dashboard that is just starting for no, and removes the ranks' group under them
+    (Ray 2.60, on a slow machine). The group goes with its controller anyway. That of Ray Data
+    starts a process for datasets, of which there are none: trajectories come through Redis.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
-        made = super()._create_default_callbacks()
-        return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
+        unwanted = (PlacementGroupCleanerCallback, DatasetsCallback)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, unwanted)]
 
 
 def trainer(config: LoopConfig) -> Any:
