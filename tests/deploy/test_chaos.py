@@ -1,4 +1,5 @@
-"""The short form of `make chaos`: one kill of the roles that are hardest to lose."""
+"""The short form of `make chaos`: one kill of the roles that are hardest to lose.
+test_resume.py kills the driver."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from tests.deploy.chaos import chaos, shared_chaos
 
 @pytest.mark.slow
 def test_every_prompt_is_trained_exactly_once_whatever_dies(tmp_path: Path) -> None:
-    roles = ["redis", "rollout worker", "learner rank", "driver"]
+    roles = ["redis", "rollout worker", "learner rank"]
     report = chaos(tmp_path, roles, seed=0)
     assert {role: len(times) for role, times in report.recovery_s.items()} == dict.fromkeys(
         roles, 1
