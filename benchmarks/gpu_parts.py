@@ -235,7 +235,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from services.packed import linear_logprobs
+    from services.output_layer import linear_logprobs
 
     return -linear_logprobs(hidden, weight, None, targets, entropy=False).logprobs.sum()
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from deploy.config import RunConfig, called
 from services.config import EngineConfig, Resources
 from services.models import locate, parameter_shapes
-from services.packed import CHUNK_BYTES
+from services.output_layer import CHUNK_BYTES
 from teacher.config import TeacherConfig
 from trainer.config import TrainerConfig
 from trainer.student import is_sharded

@@ -1,5 +1,5 @@
-"""Triton kernels of the output layer: what `services.packed.linear_logprobs` does with a chunk of
-logits, reading each once. Written plainly in torch, a chunk is copied to float32, divided and
+"""Triton kernels of `services.output_layer`: what it does with a chunk of logits, reading each
+once. Written plainly in torch, a chunk is copied to float32, divided and
 normalised in turn: 44 bytes moved for every logit and temperature of a step, here 6.
 
 Each program has one row of the `V` logits, a block at a time. Sums are float32, kept relative to

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     LlamaConfig,
@@ -18,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from services import packed
+from services import output_layer, packed
 from services.attention import ATTENTION
 from tests.builders import VOCAB, tiny_model
 
@@ -175,70 +174,6 @@ def test_one_row_a_temperature() -> None:
     torch.testing.assert_close(whole, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("reached", [(0,), (1,), (0, 1)])
-@pytest.mark.parametrize("shape", [(11,), (11, 3)])
-@pytest.mark.parametrize("at_once", [4, 11])
-def test_log_probs_in_chunks_are_the_plain_ones_and_so_are_their_gradients(
-    monkeypatch: pytest.MonkeyPatch,
-    bias: bool,
-    reached: tuple[int, ...],
-    shape: tuple[int, ...],
-    at_once: int,
-) -> None:
-    """Against log_softmax in float64; `reached` are the temperatures that the loss looks at."""
-    torch.manual_seed(0)
-    temperatures = (1.0, 0.6)
-    leaves = [
-        torch.randn(11, 6).requires_grad_(),
-        torch.randn(30, 6).requires_grad_(),
-        torch.randn(30).requires_grad_(bias),
-    ]
-    targets, pull = torch.randint(0, 30, shape), torch.randn(2, *shape)
-    hidden, weight, offset = (x.detach().double().requires_grad_() for x in leaves)
-    logits = hidden @ weight.T + (offset if bias else 0.0)
-    tables = [(logits / t).log_softmax(1) for t in temperatures]
-    plain = torch.stack([t.gather(1, targets.view(11, -1)).view(shape) for t in tables])
-    (plain[list(reached)] * pull[list(reached)].double()).sum().backward()
-
-    monkeypatch.setitem(packed.CHUNK_BYTES, "cpu", 4 * 30 * at_once)
-    got = packed.linear_logprobs(
-        leaves[0], leaves[1], leaves[2] if bias else None, targets, temperatures
-    )
-    torch.testing.assert_close(got.logprobs.double(), plain, atol=1e-5, rtol=1e-5)
-    entropy = -(tables[1].exp() * tables[1]).sum(1)
-    torch.testing.assert_close(got.entropy.double(), entropy, atol=1e-5, rtol=1e-5)
-    assert not got.entropy.requires_grad
-    (got.logprobs[list(reached)] * pull[list(reached)]).sum().backward()
-    for mine, theirs in zip(leaves, (hidden, weight, offset), strict=True):
-        if mine.requires_grad:
-            torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-5, rtol=1e-4)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that is made while it is on."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, list | tuple) else [made]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return made
-
-
-def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens, vocabulary, at_once = 600, 500, 50
-    monkeypatch.setitem(packed.CHUNK_BYTES, "cpu", 4 * vocabulary * at_once)
-    hidden = torch.randn(tokens, 4, requires_grad=True)
-    weight = torch.randn(vocabulary, 4, requires_grad=True)
-    with Largest() as largest:
-        found = packed.linear_logprobs(hidden, weight, None, torch.zeros(tokens).long(), (1.0, 0.6))
-        found.logprobs[1].sum().backward()
-    assert largest.elements == vocabulary * at_once
-
-
 def plain_gradients(
     model: PreTrainedModel, sequences: list[list[int]], starts: list[int], temperature: float
 ) -> list[torch.Tensor]:
@@ -316,7 +251,7 @@ def test_nothing_to_score_is_nothing() -> None:
 def test_what_is_said_of_a_place_is_what_the_whole_matrix_says(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(packed.CHUNK_BYTES, "cpu", chunk)
+    monkeypatch.setitem(output_layer.CHUNK_BYTES, "cpu", chunk)
     model = tiny_model()
     sequences, starts = [[3, 4, 5, 6, 7], [7, 8], [9, 2, 4]], [2, 1, 1]
     expected = [
@@ -345,6 +280,6 @@ def test_what_is_said_of_a_place_is_what_the_whole_matrix_says(
 def test_a_model_that_is_sure_has_no_entropy() -> None:
     """Logits so far apart that all other probabilities are 0 in float32: they count nothing."""
     model = packed.prepare(tiny_model())
-    packed.output_head(model).weight.data.mul_(1e6)
+    output_layer.output_head(model).weight.data.mul_(1e6)
     (said,) = packed.score_top(model, [[3, 4, 5]], [1], 0, entropy=True)
     assert said.entropy.tolist() == [0, 0]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from services import fused, layouts, packed
+from services import fused, layouts, output_layer, packed
 
 SEQUENCES = [[2 + (i * (j + 3)) % 90 for i in range(n)] for j, n in enumerate((40, 7, 130, 8))]
 STARTS = [5, 1, 30, 2]
@@ -60,7 +60,7 @@ def compare(family: str, dtype: torch.dtype, tolerance: float, *, autocast: bool
 
 
 def gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(packed.CHUNK_BYTES, "cuda", 4 * 100 * 16)
+    monkeypatch.setitem(output_layer.CHUNK_BYTES, "cuda", 4 * 100 * 16)
     compare("qwen2", torch.float32, 1e-3)
 
 
@@ -68,7 +68,7 @@ def kernels_against_plain_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one device, in one precision: what differs is the kernels alone."""
     assert fused.kernels(torch.zeros(1, device="cuda")), "no Triton"
     got, gradient = outcome("qwen2", "cuda", torch.float32)
-    monkeypatch.setattr(packed, "_kernels", lambda _: None)
+    monkeypatch.setattr(output_layer, "_kernels", lambda _: None)
     with fused.plainly():
         expected, plain = outcome("qwen2", "cuda", torch.float32)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
