@@ -94,9 +94,10 @@ def kernel_tests(_: Shapes, __: Known) -> list[Found]:
                 self.failed.append(report.nodeid.rpartition("::")[2])
             self.passed += report.when == "call" and report.passed
 
-    tally, file = Tally(), "tests/services/test_packed_gpu.py"
+    tally = Tally()
+    files = ["tests/services/test_packed_gpu.py", "tests/trainer/test_optimizer.py"]
     options = ["-q", "-c", "/dev/null", "--rootdir=.", "--noconftest", "-p", "no:cacheprovider"]
-    code = pytest.main([*options, file], plugins=[tally])
+    code = pytest.main([*options, *files], plugins=[tally])
     if tally.failed or code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RuntimeError(f"failed: {', '.join(tally.failed) or code}")
     return [Found(tally.passed)]

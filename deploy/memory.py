@@ -110,10 +110,13 @@ def learner(shape: Shape, trainer: TrainerConfig, longest: int) -> Parts:
         unsharded = _SUMMED * trained + compute * (2 * shape.output + 2 * layer)
     elif trainer.ranks > 1:
         most = max(most, size * trained)  # all gradients in one message
+    moments = 2 * share * trained
+    if trainer.optimizer.offload:  # those of the largest matrix, while it is changed
+        most, moments = max(most, 2 * size * min(trained, shape.output)), 0.0
     return {
         "weights": share * (shape.parameters + (trained if trainer.lora else 0)),
         "gradients": share * trained,
-        "optimizer": 2 * share * trained,
+        "optimizer": moments,
         "unsharded": unsharded,
         "activations": most,
         "CUDA": _CUDA,
@@ -299,6 +302,13 @@ def _learner_knobs(config: RunConfig, has: float | None) -> str:
     part = ceil(100 * needed() / has * min(1.0, trainer.resources.gpus)) / 100
     if trainer.resources.gpus < part <= 1:
         return f"raise trainer.resources.gpus to {part:g}"
+    if not is_sharded(trainer, trainer.ranks):
+        offloaded = trainer.optimizer.model_copy(update={"offload": True})
+        if needed(**checkpointing, **shorter, optimizer=offloaded) <= has:
+            return (
+                "set trainer.optimizer.offload to true, with gradient_checkpointing and short "
+                "micro-batches"
+            )
     if needed(**checkpointing, **shorter, offload=True) <= has:
         return "set trainer.offload to true, with gradient_checkpointing and short micro-batches"
     return "add ranks (trainer.ranks, with parallel: fsdp), or train adapters (trainer.lora)"

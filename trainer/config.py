@@ -20,6 +20,9 @@ class OptimizerConfig(Config):
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float = Field(default=1.0, gt=0)
+    offload: bool = False
+    """The moments lie in host memory, and visit the device in each step, one parameter's at a time.
+    For one rank and for `ddp`; where parameters are sharded, `trainer.offload` takes all there."""
 
 
 class CheckpointConfig(Config):
@@ -93,3 +96,14 @@ class TrainerConfig(Config):
     slowest stage."""
     max_failures: int = Field(default=3, ge=0)
     """How often Ray Train restarts the learner from its last checkpoint."""
+
+    @model_validator(mode="after")
+    def _moments_are_where_they_can_be(self) -> TrainerConfig:
+        if self.optimizer.offload and (
+            self.offload or (self.parallel == "fsdp" and self.ranks > 1)
+        ):
+            raise ValueError(
+                "optimizer.offload is for one rank or parallel: ddp; of shards, offload takes the "
+                "moments to the host as well"
+            )
+        return self

@@ -31,7 +31,7 @@ from trainer.config import TrainerConfig
 from trainer.divergence import divergence
 from trainer.objectives.base import Coefficients, SequenceStats, Tokens
 from trainer.objectives.kinds import objective
-from trainer.optimizer import adamw, lr_factor
+from trainer.optimizer import adamw, lr_factor, moments
 from trainer.scope import effective_sample_size, relative_weights
 from trainer.step_plan import StepPlan, plan_step
 from trainer.student import Student
@@ -288,7 +288,7 @@ class Learner:
             state[f"{RANK_PREFIX}{self._rank}.random_cuda"] = torch.cuda.get_rng_state(self.device)
         for name, parameter in self.student.trained.items():
             state[f"model.{name}"] = parameter.detach()
-            for moment, value in self._moments(parameter).items():
+            for moment, value in moments(self._optimizer, parameter).items():
                 state[f"optimizer.{name}.{moment}"] = value
         return state
 
@@ -299,15 +299,6 @@ class Learner:
         if self.device.type == "cuda":
             random = state[f"{RANK_PREFIX}{self._rank}.random_cuda"]
             torch.cuda.set_rng_state(random, self.device)
-
-    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """AdamW's state of a parameter, which it makes itself only in its first step."""
-        moments: dict[str, Tensor] = self._optimizer.state[parameter]
-        if not moments:
-            moments["step"] = torch.tensor(0.0)
-            moments["exp_avg"] = torch.zeros_like(parameter)
-            moments["exp_avg_sq"] = torch.zeros_like(parameter)
-        return moments
 
 
 class TokenSums:

@@ -12,7 +12,7 @@ from deploy.config import RunConfig, load
 from deploy.memory import Need, Shape, learner, needs
 from tests.deploy.conftest import ROOT
 from tests.gpu_emulation.step import qwen_1_5b
-from trainer.config import LoraConfig, TrainerConfig
+from trainer.config import LoraConfig, OptimizerConfig, TrainerConfig
 
 SKYWORK_OR1_7B = Qwen2Config(
     vocab_size=152_064, hidden_size=3_584, intermediate_size=18_944, num_hidden_layers=28,
@@ -113,7 +113,8 @@ def test_parts_of_one_gpu_of_80_gb(models: dict[str, str]) -> None:
         ("trainer.resources.gpus=0.4", "raise trainer.resources.gpus to 0.42"),
         ("teacher.resources.gpus=0.2", "raise teacher.resources.gpus"),
         ("rollout.resources.gpus=0.04", "raise rollout.resources.gpus"),
-        ("ray.gpu_memory_gb=24 trainer.resources.gpus=1", "set trainer.offload to true"),
+        ("ray.gpu_memory_gb=24 trainer.resources.gpus=1", "set trainer.optimizer.offload to true"),
+        ("ray.gpu_memory_gb=16 trainer.resources.gpus=1", "set trainer.offload to true"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_knob(
@@ -188,10 +189,11 @@ def test_ranks_offload_and_adapters_hold_less(models: dict[str, str]) -> None:
         for name, settings in {
             "one": {}, "four": {"ranks": 4}, "ddp": {"ranks": 4, "parallel": "ddp"},
             "offload": {"offload": True}, "lora": {"lora": LoraConfig(rank=8)},
+            "moments": {"optimizer": OptimizerConfig(offload=True)},
         }.items()
     }  # fmt: skip
     assert held["one"] == held["ddp"] == 16 * shape.parameters == 4 * held["four"]
-    assert held["offload"] == 0
+    assert held["offload"] == 0 and held["moments"] == held["one"] / 2
     assert held["lora"] == 4 * shape.parameters + 16 * 8 * shape.lora
 
 

@@ -28,6 +28,7 @@ _NAMED_ALONE = {"gather", "embedding"}  # of their first tensor they read what i
 _WRITTEN_ALONE = {"copy_", "zero_", "fill_", "add_slope"}  # in place, whatever was there before
 _READ_ALONE = {"grads"}  # which the optimizer would write only if it unscaled them
 _NO_COPY = {"_unsafe_view", "empty_like", "new_empty"}
+_THERE_ALONE = {"_fused_adamw_"}  # would read memory of the host by addresses of its own
 _SYNCING = {"nonzero", "masked_select", "_unique2", "unique_dim"}  # sizes that the host must know
 
 
@@ -89,6 +90,9 @@ class FakeCuda(TorchDispatchMode):
         if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
             self._waited("index by a mask")
             return self._all_of(*args)
+        if name in _THERE_ALONE:
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            assert all(x.is_cuda for x in tensors), f"{name} is given memory of the host"
         lifted_args, lifted_kwargs = tree_map(self._lifted, (args, kwargs))
         with self._fake:
             out = func(*lifted_args, **lifted_kwargs)

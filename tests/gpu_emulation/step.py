@@ -19,13 +19,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from benchmarks.gpu_parts import Shapes, scored_group
-from services import layouts
+from services import attention, layouts
 from services.fused import fuse
 from tests.gpu_emulation.fake_cuda import FakeCuda, pretend
 from trainer import lora
 from trainer.batch import Batch
 from trainer.config import TrainerConfig
 from trainer.learner import Clock, Learner
+from trainer.optimizer import moments
 from trainer.step_plan import plan_step
 
 PROMPT = Shapes().prompt
@@ -59,11 +60,11 @@ def attach_there(attach: Any) -> Any:
     return attached
 
 
-def made(shape: Qwen2Config, dtype: str, layout: layouts.Layout) -> PreTrainedModel:
-    """The model on the device, in a layout that nothing can be measured of there."""
+def made(shape: Qwen2Config, dtype: str, proven: layouts.Proven) -> PreTrainedModel:
+    """The model on the device, as if it had been measured, which nothing can be there."""
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype))
-    layouts.record(fuse(model), layouts.Proven(layout, layouts.LogitMap()))
+    layouts.record(fuse(model), proven)
     return model
 
 
@@ -72,11 +73,11 @@ def counted(
     lengths: list[int],
     shape: Qwen2Config,
     dtype: str,
-    layout: layouts.Layout,
+    proven: layouts.Proven,
 ) -> dict[str, object]:
     """One step on one rank, whose share these lengths are."""
     with FakeCuda() as device:
-        model = made(shape, dtype, layout)
+        model = made(shape, dtype, proven)
         learner = Learner(
             model,
             config,
@@ -93,7 +94,7 @@ def counted(
             share=learner._share,
         )
         for parameter in learner.student.trained.values():
-            learner._moments(parameter)  # which all steps but the first have
+            moments(learner._optimizer, parameter)  # which all steps but the first have
         held, device.peak = device.live, device.live
         device.calls.clear(), device.syncs.clear(), device.moved.clear(), device.seconds.clear()
         learner.backward(plan, Clock())
@@ -144,7 +145,9 @@ def of(words: Sequence[str]) -> dict[str, object]:
     arguments.add_argument("--layers", type=int, default=28)
     arguments.add_argument("--window", type=int, help="tokens that all layers but one see")
     arguments.add_argument("--layout", default="packed", choices=["packed", "rows"])
+    arguments.add_argument("--share", action="store_true", help="answers may share their prompt")
     arguments.add_argument("--no-checkpointing", action="store_true")
+    arguments.add_argument("--offload", action="store_true", help="the optimizer's moments")
     arguments.add_argument("--lora", action="store_true")
     arguments.add_argument("--ranks", type=int, default=1, help="replicas, of which one is here")
     given = arguments.parse_args(words)
@@ -155,13 +158,15 @@ def of(words: Sequence[str]) -> dict[str, object]:
             "gradient_checkpointing": not given.no_checkpointing,
             "micro_batch_tokens": sum(lengths) + PROMPT * len(lengths),
             "objective": {"kind": "scope"},
+            "optimizer": {"offload": given.offload},
             "lora": {} if given.lora else None,
             "parallel": "ddp",
         }
     )
     shape = qwen_1_5b(given.layers, given.window)
     with replicas(given.ranks):
-        return counted(config, lengths, shape, given.dtype, given.layout)
+        proven = layouts.Proven(given.layout, layouts.LogitMap(), shares=given.share)
+        return counted(config, lengths, shape, given.dtype, proven)
 
 
 @contextmanager
@@ -181,6 +186,7 @@ def main() -> None:
     """Prints what was counted."""
     pretend()
     lora.attach = attach_there(lora.attach)
+    attention._aligns_ends = lambda _: True  # as on a GPU that has values
     for words in map(str.split, sys.stdin) if sys.argv[1:] == ["-"] else [sys.argv[1:]]:
         print(json.dumps(of(words)), flush=True)
 

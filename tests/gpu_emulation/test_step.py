@@ -11,7 +11,7 @@ import pytest
 
 from deploy import memory
 from tests.gpu_emulation.step import PROMPT, qwen_1_5b
-from trainer.config import LoraConfig, TrainerConfig
+from trainer.config import LoraConfig, OptimizerConfig, TrainerConfig
 
 pytestmark = pytest.mark.slow
 Step = Callable[..., dict[str, Any]]
@@ -20,6 +20,7 @@ AUTOCAST = ("--autocast", "bfloat16")
 PURE = ("--autocast", "none", "--dtype", "bfloat16")
 ADAPTERS = (*AUTOCAST, "--lora")
 REPLICAS = (*AUTOCAST, "--ranks", "8")  # one of them
+OFFLOADED = ("--offload",)
 WINDOWS = (*AUTOCAST, "--window", "4096")
 SETTINGS = {
     "masters": AUTOCAST, "bfloat16": PURE, "adapters": ADAPTERS, "replicas": REPLICAS,
@@ -108,6 +109,14 @@ def test_the_whole_model_needs_what_scope_check_says(step: Step, tmp_path: Path)
     assert counted["later_peak_bytes"] < 35e9
 
 
+def test_with_moments_on_the_host_it_fits_30_gb(step: Step, tmp_path: Path) -> None:
+    counted = step(*AUTOCAST, *OFFLOADED)
+    assert counted["later_peak_bytes"] == pytest.approx(said(tmp_path, 28, OFFLOADED), rel=0.1)
+    for peak in ("later_peak_bytes", "optimizer_peak_bytes"):
+        assert counted[peak] < 24e9
+    assert sum(counted["syncs"].values()) <= 5
+
+
 @pytest.mark.parametrize(
     "settings",
     [PURE, (*AUTOCAST, "--no-checkpointing"), ADAPTERS, REPLICAS],
@@ -139,6 +148,7 @@ def said(
         lora=LoraConfig() if settings == ADAPTERS else None,
         ranks=8 if settings == REPLICAS else 1,
         parallel="ddp",
+        optimizer=OptimizerConfig(offload=settings == OFFLOADED),
     )
     parts = memory.learner(memory.Shape.of(str(directory)), trainer, max(lengths) + PROMPT)
     return sum(parts.values()) - parts["CUDA"]

@@ -209,12 +209,14 @@ def test_a_full_disk_leaves_the_one_before_and_the_room(tmp_path: Path) -> None:
     assert last == "['step-000001', 'step-000003'] 3"
 
 
-def learner(seed: int = 0) -> Learner:
-    config = TrainerConfig(optimizer=OptimizerConfig(lr=1e-2, warmup_steps=3, schedule="cosine"))
+def learner(seed: int = 0, *, offload: bool = False) -> Learner:
+    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=3, schedule="cosine", offload=offload)
+    config = TrainerConfig(optimizer=optimizer)
     return Learner(tiny_model(seed), config, temperature=1.0, total_steps=4)
 
 
-def test_training_continues_bit_for_bit(storage: Storage) -> None:
+@pytest.mark.parametrize("offload", [False, True], ids=["", "moments on the host"])
+def test_training_continues_bit_for_bit(storage: Storage, offload: bool) -> None:
     batches = [
         Batch.of([scored_group(["correct", "correct", "incorrect"], order=i)]) for i in range(4)
     ]
@@ -228,7 +230,7 @@ def test_training_continues_bit_for_bit(storage: Storage) -> None:
     saver.close()
     found = latest(storage)
     assert found is not None
-    second = learner(seed=1)
+    second = learner(seed=1, offload=offload)
     filled = second.state()
     found.load(filled)
     second.load_state(filled)
