@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import AttentionInterface
 
 ATTENTION = "scope_packed"
 BUCKET_RATIO = 1.5  # longest to shortest of the sequences whose attention is computed in one batch
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,35 @@ class Buckets:
         return torch.cat([part.flatten(0, 1) for part in parts])[self.back]
 
 
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What each segment of a pack sees, where some stand behind a shared prefix: that, then itself.
+    For kernels that know keys from queries by their bounds alone."""
+
+    places: Tensor  # [T_k] int64, in the pack: a prefix once for each segment behind it
+    cu_seqlens: Tensor  # [S + 1] int32, where the keys of each segment start
+
+    @staticmethod
+    def of(bounds: Sequence[int], prefixes: Sequence[tuple[int, int, int]]) -> Keys:
+        """Of segments with these bounds; `prefixes` as in `services.packed.Pack`."""
+        begins, middles, ends = np.asarray(prefixes, np.int64).T
+        parts, last = [], np.searchsorted(middles, bounds, side="right") - 1
+        for start, end, prefix in zip(bounds, bounds[1:], last.tolist(), strict=False):
+            if prefix >= 0 and start < ends[prefix]:
+                parts.append(np.arange(begins[prefix], middles[prefix]))
+            else:
+                parts.append(np.empty(0, np.int64))
+            parts[-1] = np.concatenate([parts[-1], np.arange(start, end)])
+        return Keys(
+            places=torch.from_numpy(np.concatenate(parts)),
+            cu_seqlens=torch.tensor([0, *np.cumsum([*map(len, parts)])], dtype=torch.int32),
+        )
+
+    def to(self, device: torch.device | str) -> Keys:
+        """The same keys on `device`."""
+        return Keys(on_device(self.places, device), on_device(self.cu_seqlens, device))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rule:
     """What a layer's attention does besides being causal."""
@@ -110,6 +141,7 @@ def _packed_attention(
     max_length_q: int,
     buckets: Buckets,
     prefixes: tuple[tuple[int, int, int], ...] = (),
+    keys: Keys | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -126,15 +158,16 @@ def _packed_attention(
         # Rotary embeddings leave queries and keys in float32, which no such kernel takes.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    if prefixes:
-        if not rule.plain:
-            raise ValueError("shared prefixes have no window and no sinks")
-        shared: Any = _Cascaded.apply
-        return shared(query, key, value, buckets, prefixes, scaling), None
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and _has_kernel(rule):
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, rule), None
-    return _bucketed(query, key, value, buckets, rule), None
+    if keys is not None and not rule.plain:
+        raise ValueError("shared prefixes have no window and no sinks")
+    if _takes_varlen(query, rule):
+        return _varlen(query, key, value, cu_seq_lens_q, keys, max_length_q, rule), None
+    if keys is None:
+        return _bucketed(query, key, value, buckets, rule), None
+    if query.is_cuda:
+        return _one_by_one(query, key, value, cu_seq_lens_q, keys, rule), None
+    shared: Any = _Cascaded.apply
+    return shared(query, key, value, buckets, prefixes, scaling), None
 
 
 def computes(rule: Rule, varlen: bool) -> str:
@@ -147,6 +180,30 @@ def computes(rule: Rule, varlen: bool) -> str:
     return f"PyTorch's fused one{window}, sequences of like length at a time"
 
 
+def takes_prefixes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention behind shared prefixes is fast where `device` computes it in `dtype`."""
+    if device.type == "cpu":
+        return True
+    return dtype in _HALF and _has_kernel(Rule(None)) and _aligns_ends(device)
+
+
+@cache
+def _aligns_ends(device: torch.device) -> bool:
+    """Whether the kernel of variable lengths lets the last of fewer queries see the last key, as
+    flash attention does from 2.1 on and torch does not promise: measured."""
+    q, k, v = torch.randn(3, 1, 1, 40, 64, device=device, dtype=torch.bfloat16)
+    whole = _causal(q, k, v, Rule(None))[:, :, -16:].transpose(1, 2)
+    places = torch.arange(40, device=device)
+    ends = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (16, 40)]
+    found = _varlen(q[:, :, -16:], k, v, ends[0], Keys(places, ends[1]), 40, Rule(None))
+    return torch.allclose(found, whole, atol=0.05)
+
+
+def _takes_varlen(query: Tensor, rule: Rule) -> bool:
+    """Whether a kernel of variable lengths runs where this lies, in its precision."""
+    return query.is_cuda and query.dtype in _HALF and _has_kernel(rule)
+
+
 def _has_kernel(rule: Rule) -> bool:
     """Whether torch has a kernel of variable lengths for it: from 2.10 on, and windows later."""
     if rule.sinks is not None or not find_spec("torch.nn.attention.varlen"):
@@ -157,11 +214,23 @@ def _has_kernel(rule: Rule) -> bool:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, rule: Rule
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu: Tensor,
+    keys: Keys | None,
+    longest: int,
+    rule: Rule,
 ) -> Tensor:
+    """[1, T, heads, D]. A prefix is copied in front of the keys of all that stand behind it: beside
+    the linear layers that it is spared, that is little."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    cu_keys = cu
+    if keys is not None:
+        copied: Any = _Copied.apply
+        k, v, cu_keys = copied(k, keys.places), copied(v, keys.places), keys.cu_seqlens
     known = signature(varlen_attn).parameters  # they differ from one torch to the next
     before = -1 if rule.window is None else rule.window - 1
     more: Any = {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
@@ -170,9 +239,43 @@ def _varlen(
             more["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=rule.scale, **more)
+    out = varlen_attn(q, k, v, cu, cu_keys, longest, longest, scale=rule.scale, **more)
     assert isinstance(out, Tensor)  # a tuple only when the log-sum-exp is asked for
     return out[None]
+
+
+class _Copied(torch.autograd.Function):
+    """[T_k, heads, D] of [T, heads, D]: what lies at `places`. Backward, all that one place was
+    copied to adds up in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.tokens = len(x)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        total = gradient.new_zeros(ctx.tokens, *gradient.shape[1:], dtype=torch.float32)
+        return total.index_add_(0, places, gradient.float()).to(gradient.dtype), None
+
+
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, cu: Tensor, keys: Keys, rule: Rule
+) -> Tensor:
+    """[1, T, heads, D], a segment after the other: slow, for the trial of a model that lies on a
+    GPU in a precision that no kernel takes."""
+    outputs, grouped = [], query.shape[1] > key.shape[1]
+    bounds, of_keys = cu.tolist(), keys.cu_seqlens.tolist()
+    for start, end, first, last in zip(bounds, bounds[1:], of_keys, of_keys[1:], strict=False):
+        k, v = (x[:, :, keys.places[first:last]] for x in (key, value))
+        seen = torch.ones(end - start, last - first, dtype=torch.bool, device=query.device)
+        seen = seen.tril(last - first - end + start)
+        q = query[:, :, start:end]
+        out = F.scaled_dot_product_attention(q, k, v, seen, scale=rule.scale, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, 1)
 
 
 def _bucketed(query: Tensor, key: Tensor, value: Tensor, buckets: Buckets, rule: Rule) -> Tensor:

@@ -191,9 +191,8 @@ def _packed_difference(model: PreTrainedModel, packed: Proven, rows: Proven, run
 @torch.no_grad()
 def _shares(model: PreTrainedModel, packed: Proven, run: Run) -> bool:
     """Whether sequences behind one copy of their common beginning come out as without. The
-    attention for it exists on the CPU only, and for values as wide as keys."""
-    text = model.config.get_text_config()
-    if model.device.type != "cpu" or hasattr(text, "v_head_dim"):
+    attention for it wants values as wide as keys."""
+    if hasattr(model.config.get_text_config(), "v_head_dim"):
         return False
     ids = trial_tokens(model, _PROOF_LENGTHS[1])
     sequences = [ids, [*ids[:5], *ids[7:]]]

@@ -22,7 +22,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from services import layouts
-from services.attention import ATTENTION, Buckets, Rule, computes, on_device
+from services.attention import (
+    ATTENTION,
+    Buckets,
+    Keys,
+    Rule,
+    computes,
+    on_device,
+    takes_prefixes,
+)
 from services.fused import fuse
 from services.output_layer import chunks, linear_logprobs, output_head, with_triton
 
@@ -43,6 +51,7 @@ class Pack:
     buckets: Buckets
     # Where each shared beginning starts and ends, and where the last of those that follow it ends.
     prefixes: tuple[tuple[int, int, int], ...] = ()
+    keys: Keys | None = None  # of each segment; None where each sees its own alone
 
     @property
     def seq_idx(self) -> Tensor:
@@ -60,6 +69,7 @@ class Pack:
             sources=on_device(self.sources, device),
             targets=on_device(self.targets, device),
             buckets=self.buckets.to(device),
+            keys=self.keys and self.keys.to(device),
         )
 
 
@@ -106,6 +116,7 @@ def pack(
             sources[index] = scored
         prefixes.append((at, at + start, bounds[-1]))
     targets = (np.asarray(ids[at:], np.int64) for ids, at in zip(sequences, starts, strict=True))
+    shared = tuple(p for p in prefixes if p[1] < p[2])
     return Pack(
         token_ids=torch.from_numpy(np.concatenate(tokens)),
         position_ids=torch.from_numpy(np.concatenate(positions)),
@@ -115,7 +126,8 @@ def pack(
         targets=torch.from_numpy(np.concatenate([none, *targets])),
         lengths=tuple(len(s) for s in sources),
         buckets=Buckets.of(np.diff(bounds).tolist()),
-        prefixes=tuple(p for p in prefixes if p[1] < p[2]),
+        prefixes=shared,
+        keys=Keys.of(bounds, shared) if shared else None,
     )
 
 
@@ -130,10 +142,10 @@ def same_beginnings(
     return list(families.values())
 
 
-def can_share(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether sequences of a `pack` may share prefixes where `device` computes: the attention for
-    it exists on the CPU only, and for layers that see all that stands before a token."""
-    return device.type == "cpu" and layouts.proven(model).shares
+def can_share(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether sequences of a `pack` may share prefixes where `device` computes in `dtype`: models
+    whose layers see all that stands before a token, on a CPU or by a GPU's kernel."""
+    return layouts.proven(model).shares and takes_prefixes(device, dtype)
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
@@ -194,6 +206,7 @@ def _all_hidden(model: PreTrainedModel, pack: Pack, proven: layouts.Proven) -> T
             seq_idx=pack.seq_idx,  # this and the bounds are for kernels of convolutions and scans
             buckets=pack.buckets,
             prefixes=pack.prefixes,
+            keys=pack.keys,
         )[0]
     rows = [
         layouts.last_hidden(model, proven.source, input_ids=pack.token_ids[indices])
@@ -279,7 +292,8 @@ def score_top(
     """As `score`, on the CPU, with more about each place: the `top` most likely tokens, the
     log-probs of `candidates` ([C, m] token ids, in the order of the sequences), and the entropy
     over the vocabulary."""
-    together = same_beginnings(sequences, starts) if can_share(model, model.device) else None
+    shared = can_share(model, model.device, model.dtype)
+    together = same_beginnings(sequences, starts) if shared else None
     batch = pack(sequences, starts, families=together).to(model.device)
     hidden = hidden_states(model, batch)
     head, logit_map = output_head(model), layouts.proven(model).logits

@@ -118,7 +118,7 @@ class PackedScorer:
             (index for index, start in enumerate(starts) if start < len(sequences[index])),
             key=lambda index: -len(sequences[index]),
         )
-        if not packed.can_share(self._model, self._model.device):
+        if not packed.can_share(self._model, self._model.device, self._model.dtype):
             return [[index] for index in wanted]
         parts: list[list[int]] = []
         for family in packed.same_beginnings(

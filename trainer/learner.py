@@ -68,7 +68,7 @@ class Learner:
         self._pair_cost = _pair_cost(model)
         self.device = device or model.device
         self.student = Student(model, config, self.device)
-        self._share = can_share(model, self.device)
+        self._share = can_share(model, self.device, self.student.computes_in)
         self.config = config
         self.objective = objective(config.objective)
         self.step_number = 0

@@ -67,7 +67,9 @@ class Student:
         if self.sharded:
             _shard(model, config, device, self.ranks)
         self._checkpointing = config.gradient_checkpointing
-        self._autocast = config.autocast == "bfloat16" and not self.sharded
+        half = config.autocast == "bfloat16"
+        self._autocast = half and not self.sharded
+        self.computes_in: torch.dtype = torch.bfloat16 if half else model.dtype  # its products
         # Taken now: between forward and backward the modules hold full tensors in their stead.
         self._parameters = dict(model.named_parameters())
         self.trained = {n: p for n, p in self._parameters.items() if p.requires_grad}

@@ -78,6 +78,22 @@ def test_buckets_make_the_host_wait_no_more_than_that(
     assert not {f"{name} {other}" for name in ("mm", "addmm", "_varlen_attn")} & {*counted["calls"]}
 
 
+def test_answers_that_share_a_prompt_compute_it_once_by_the_kernel(step: Step) -> None:
+    """Eight of 100 tokens after 128, of which nothing is predicted from the last: the linear layers
+    have 920 tokens for 1,824."""
+    short = ("--layers", "2", "--lengths", ",".join(["100"] * 8), *AUTOCAST)
+    apart, together = step(*short), step(*short, "--share")
+    assert sum(together["syncs"].values()) <= 5, together["syncs"]
+    assert (
+        together["calls"]["_varlen_attn bfloat16"] == apart["calls"]["_varlen_attn bfloat16"] == 2
+    )
+    tokens = (PROMPT + 8 * 99) / (8 * (PROMPT + 100))
+    assert together["moved_bytes"]["silu_product"] == pytest.approx(
+        tokens * apart["moved_bytes"]["silu_product"], rel=0.02
+    )
+    assert together["backward_peak_bytes"] < apart["backward_peak_bytes"]
+
+
 def test_the_optimizer_needs_no_copy_of_the_gradients(counted: dict[str, Any]) -> None:
     """Weights, two moments and gradients: nothing of their size beside them. Replicas hold their
     gradients twice while they are summed: in one message."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import wraps
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import (
     AttentionInterface,
@@ -17,7 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from services import output_layer, packed
+from services import attention, output_layer, packed
 from services.attention import ATTENTION
 from tests.builders import VOCAB, tiny_model
 
@@ -106,24 +111,95 @@ def trained_families(
     return sequences, starts, draw(st.permutations(families))
 
 
+def as_documented(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor, max_q: int, max_k: int, *, scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """`varlen_attn` as a GPU computes it, each query by itself: the last sees the last key."""
+    assert window_size == (-1, 0) and (enable_gqa or query.shape[1] == key.shape[1])
+    bounds, of_keys = cu_seq_q.tolist(), cu_seq_k.tolist()
+    assert max(np.diff(bounds)) <= max_q and max(np.diff(of_keys)) <= max_k
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    rows = []
+    for end, first, last, start in zip(
+        bounds[1:], of_keys[:-1], of_keys[1:], bounds[:-1], strict=True
+    ):
+        for place in range(start, end):
+            k, v = (x[first : last - (end - 1 - place)] for x in (key, value))
+            scores = torch.einsum("hd,khd->hk", query[place], k) * (scale or query.shape[2] ** -0.5)
+            rows.append(torch.einsum("hk,khd->hd", scores.softmax(1), v))
+    return torch.stack(rows)
+
+
+def on_a_gpu() -> AbstractContextManager[Any]:
+    """Attention goes the way of a GPU's kernel, which is plain products here."""
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(attention, "_takes_varlen", lambda *_: True))
+    stack.enter_context(mock.patch("torch.nn.attention.varlen.varlen_attn", as_documented))
+    return stack
+
+
+@pytest.mark.parametrize("kernel", [nullcontext, on_a_gpu], ids=["CPU", "as on a GPU"])
 @settings(max_examples=25, deadline=None)
-@given(trained_families(), st.booleans(), st.booleans())
+@given(batch=trained_families(), tied=st.booleans(), recomputed=st.booleans())
 def test_gradients_of_answers_that_share_a_prompt_are_those_of_its_sequences_one_by_one(
-    batch: tuple[list[list[int]], list[int], list[list[int]]], tied: bool, recomputed: bool
+    kernel: Callable[[], AbstractContextManager[Any]],
+    batch: tuple[list[list[int]], list[int], list[list[int]]],
+    tied: bool,
+    recomputed: bool,
 ) -> None:
     """Each answer pulls at the prompt's keys and values, and at its last hidden state."""
     sequences, starts, families = batch
     model = tiny_model(tied=tied)
     expected = plain_gradients(model, sequences, starts, 0.6)
     model.zero_grad()
+    packed.prepare(model)
     if recomputed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     pack = packed.pack(sequences, starts, families=families)
-    logprobs = packed.token_logprobs(packed.prepare(model), pack, [1.0, 0.6])[1]
-    (logprobs * pulls(sequences, starts)).sum().backward()
+    with kernel():
+        logprobs = packed.token_logprobs(model, pack, [1.0, 0.6])[1]
+        (logprobs * pulls(sequences, starts)).sum().backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(trained_families())
+def test_a_segment_after_the_other_sees_what_the_kernel_sees(
+    batch: tuple[list[list[int]], list[int], list[list[int]]],
+) -> None:
+    """The way of a model that is tried on a GPU in float32."""
+    sequences, starts, families = batch
+    pack = packed.pack(sequences, starts, families=families)
+    assume(pack.keys is not None)
+    assert pack.keys is not None
+    q, k, v = (torch.randn(1, heads, len(pack.token_ids), 8) for heads in (4, 2, 2))
+    found = attention._one_by_one(q, k, v, pack.cu_seqlens, pack.keys, attention.Rule(None))
+    merged: Any = attention._Cascaded.apply
+    expected = merged(q, k, v, pack.buckets, pack.prefixes, None)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_whether_a_kernel_sees_ends_is_measured() -> None:
+    """One that lines up beginnings, as flash attention did before 2.1, is found out."""
+
+    @wraps(as_documented)
+    def beginnings(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bounds: Any, **more: Any
+    ) -> Any:
+        kept = bounds[1].clone()
+        kept[-1] = bounds[0][-1]
+        return as_documented(q, k[: len(q)], v[: len(q)], bounds[0], kept, *bounds[2:], **more)
+
+    cpu = torch.device("cpu")
+    for kernel, aligned in ((as_documented, True), (beginnings, False)):
+        attention._aligns_ends.cache_clear()
+        with mock.patch("torch.nn.attention.varlen.varlen_attn", kernel):
+            assert attention._aligns_ends(cpu) == aligned
+    attention._aligns_ends.cache_clear()
 
 
 def test_padding_of_a_bucket_sends_back_nothing_however_large_the_scores() -> None:
@@ -141,7 +217,7 @@ def test_padding_of_a_bucket_sends_back_nothing_however_large_the_scores() -> No
     call: Any = AttentionInterface()[ATTENTION]
     out, _ = call(
         None, query, key, value, None, cu_seq_lens_q=pack.cu_seqlens, max_length_q=36,
-        buckets=pack.buckets, prefixes=pack.prefixes,
+        buckets=pack.buckets, prefixes=pack.prefixes, keys=pack.keys,
     )  # fmt: skip
     slope = torch.randn(out.shape)
     got = torch.autograd.grad(out, (query, key, value), slope)

@@ -10,10 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from services import fused, layouts, output_layer, packed
+from services import attention, fused, layouts, output_layer, packed
 
 SEQUENCES = [[2 + (i * (j + 3)) % 90 for i in range(n)] for j, n in enumerate((40, 7, 130, 8))]
-STARTS = [5, 1, 30, 2]
+STARTS = [5, 1, 30, 2, 30, 30]
+SEQUENCES += [[*SEQUENCES[2][:30], *SEQUENCES[0][:n]] for n in (25, 6)]
+APART, TOGETHER = None, [[0], [1], [2, 4, 5], [3]]  # by the prompt that some have in common
 SIZES: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 256, "pad_token_id": 0,
@@ -39,12 +41,17 @@ def model(family: str) -> PreTrainedModel:
 
 
 def outcome(
-    family: str, device: str, dtype: torch.dtype, *, autocast: bool = False
+    family: str,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    autocast: bool = False,
+    families: list[list[int]] | None = APART,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs at two temperatures, and the gradient of all parameters in one row."""
     made = packed.prepare(model(family).to(device=device, dtype=dtype))
     assert layouts.proven(made).layout == MODELS[family][0]
-    batch = packed.pack(SEQUENCES, STARTS).to(device)
+    batch = packed.pack(SEQUENCES, STARTS, families=families).to(device)
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         found = packed.token_logprobs(made, batch, [1.0, 0.6])
     found[1].mean().backward()
@@ -57,6 +64,16 @@ def compare(family: str, dtype: torch.dtype, tolerance: float, *, autocast: bool
     got, theirs = outcome(family, "cuda", dtype, autocast=autocast)
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
     assert float((theirs - gradient).norm() / gradient.norm()) < tolerance
+
+
+def shared_prompts() -> None:
+    """By the kernel, behind one copy of the prompt; on the CPU each answer has its own."""
+    assert attention.takes_prefixes(torch.device("cuda", 0), torch.bfloat16)
+    assert layouts.proven(packed.prepare(model("qwen2").to("cuda"))).shares  # in float32
+    expected, gradient = outcome("qwen2", "cpu", torch.float32)
+    got, theirs = outcome("qwen2", "cuda", torch.bfloat16, families=TOGETHER)
+    torch.testing.assert_close(got, expected, atol=5e-2, rtol=5e-2)
+    assert float((theirs - gradient).norm() / gradient.norm()) < 5e-2
 
 
 def gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,5 +106,6 @@ if torch.cuda.is_available():
     def test_float32_masters_with_autocast(family: str) -> None:
         compare(family, torch.float32, 5e-2, autocast=True)
 
+    test_shared_prompts = shared_prompts
     test_many_chunks = gradients_in_chunks
     test_kernels = kernels_against_plain_modules
