@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from deploy.config import dump, load
+from services.ports import free_port
 from services.redis_server import EmbeddedRedis
 from tests.deploy.conftest import ROOT, SCOPE
 from tests.waiting import DEADLINE_S
@@ -53,7 +53,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     (run_dir / "config.yaml").write_text(dump(load(ROOT / "deploy/runs/demo.yaml")))
     (run_dir / "ledger.json").write_text(json.dumps(LEDGER))
     (home / "examples").symlink_to(ROOT / "examples")
-    port, dashboard, client, agent = _free_ports(4)
+    ports: set[int] = set()
+    while len(ports) < 4:
+        ports.add(free_port("127.0.0.1"))
+    port, dashboard, client, agent = ports
     temporary = tempfile.mkdtemp(prefix="ray-")  # sockets' paths are short
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
@@ -79,17 +82,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     server.terminate()
     server.wait()
     shutil.rmtree(temporary)
-
-
-def _free_ports(count: int) -> list[int]:
-    """All held at once: asked for one after the other, two may be the same."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def test_status_comes_from_where_the_run_is(head: Head) -> None:

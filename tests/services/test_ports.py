@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,25 @@ from services.ports import PortTaken, free_port, require_free
 def test_a_free_port_can_be_listened_on(host: str) -> None:
     with socket.create_server((host, free_port(host))) as server:
         assert server.getsockname()[1] > 1023
+
+
+def test_no_connection_is_made_from_a_free_port() -> None:
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
+    first, last = map(int, given.split())
+    assert not any(first <= free_port() <= last for _ in range(100))
+
+
+@pytest.mark.parametrize("given", ["1024 65535", None])
+def test_where_the_kernel_gives_away_all_a_port_is_still_found(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path) -> str:
+        if given is None:
+            raise FileNotFoundError(path)
+        return given
+
+    monkeypatch.setattr(Path, "read_text", read)
+    require_free("127.0.0.1", free_port("127.0.0.1"))
 
 
 @pytest.mark.parametrize("host", ["", "127.0.0.1", "::1", "localhost"])
