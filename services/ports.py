@@ -8,6 +8,7 @@ from pathlib import Path
 
 # Below are the ports that `ray start` gives its workers.
 _FIRST, _LAST = 20_000, 65_535
+_GIVEN_AWAY = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 class PortTaken(RuntimeError):
@@ -32,11 +33,11 @@ def free_port(host: str = "") -> int:
 
 
 def _never_given_away() -> list[int]:
-    """The ports that the kernel does not choose by itself (`ip_local_port_range`), 100 at least:
+    """The ports that the kernel does not choose by itself (ip(7)), 100 at least:
     where they are fewer or cannot be known, all."""
     every = range(_FIRST, _LAST + 1)
     try:
-        first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+        first, last = map(int, _GIVEN_AWAY.read_text(encoding="utf-8").split())
     except OSError:
         return list(every)
     outside = [port for port in every if not first <= port <= last]

@@ -17,7 +17,7 @@ def test_a_free_port_can_be_listened_on(host: str) -> None:
 
 
 def test_no_connection_is_made_from_a_free_port() -> None:
-    given = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8")
     first, last = map(int, given.split())
     assert not any(first <= free_port() <= last for _ in range(100))
 
@@ -26,7 +26,7 @@ def test_no_connection_is_made_from_a_free_port() -> None:
 def test_where_the_kernel_gives_away_all_a_port_is_still_found(
     given: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(path: Path) -> str:
+    def read(path: Path, **_: str) -> str:
         if given is None:
             raise FileNotFoundError(path)
         return given
