@@ -4,6 +4,7 @@ are split over the processes of `make test`."""
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -31,7 +32,7 @@ from tests.waiting import DEADLINE_S
 for phase in ("connect", "read", "write", "pool"):
     setattr(httpx.Client.__init__.__kwdefaults__["timeout"], phase, DEADLINE_S)
 
-# Session fixtures that cost more than their tests, and the files whose tests share them.
+# Fixtures that cost more than their tests, and the files whose tests share them.
 STARTED_ONCE = {
     "scraped_run": (
         "deploy/test_dashboards", "deploy/test_pipeline", "deploy/test_plan", "deploy/test_resume",
@@ -120,18 +121,32 @@ def deepmath() -> Path:
     return Path(__file__).parents[2] / "shared" / "data" / "deepmath-sample-a.parquet"
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A Ray of this machine alone, and whatever Serve runs on it."""
+@pytest.fixture(scope="module")
+def ray_cluster() -> None:
+    """A Ray of this machine alone, and whatever Serve runs on it: one for all files that share
+    it, until the hook below ends it."""
     import ray
-    from ray import serve
 
     from teacher.serve import ENVIRONMENT
 
+    if ray.is_initialized():
+        return
     os.environ.update(ENVIRONMENT | os.environ)
     # Replicas come and go within seconds of what calls for them, rather than tens of them.
     os.environ.setdefault("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.5")
     ray.init("local", num_cpus=2, include_dashboard=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Ends that Ray after the last test that shares it: Serve's processes, doing nothing, take a
+    tenth of a processor from all that comes after."""
     yield
-    serve.shutdown()
-    ray.shutdown()
+    groups = [one and SHARE_OF.get(one.location[0]) for one in (item, nextitem)]
+    if groups[0] == "ray_cluster" != groups[1] and "ray" in sys.modules:
+        import ray
+        from ray import serve
+
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
