@@ -82,6 +82,7 @@ ABLATIONS = [
     Experiment("no teacher weights", 5, {"use_teacher_path_weights": False}),
     Experiment("no weights", 5, {"use_seq_weights": False}),
     Experiment("teacher path reversed", 5, {"teacher_path_ppl_positive": True}),
+    *(Experiment(f"τ {tau:g}", 5, {"tau": tau}) for tau in (0.25, 0.5, 1.0, 2.0)),
 ]
 
 
