@@ -6,9 +6,10 @@ import random
 import socket
 from pathlib import Path
 
-# Below are the ports that `ray start` gives its workers.
-_FIRST, _LAST = 20_000, 65_535
-_GIVEN_AWAY = Path("/proc/sys/net/ipv4/ip_local_port_range")
+# Above the ports that `ray start` gives its workers, below those of Kubernetes' services.
+_OURS = range(20_000, 30_000)
+_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_TRIES = 100
 
 
 class PortTaken(RuntimeError):
@@ -18,10 +19,11 @@ class PortTaken(RuntimeError):
 def free_port(host: str = "") -> int:
     """A TCP port of `host` (an address of this machine; all of them) that nobody listens on now.
 
-    Nobody connects *from* it either: a port that the kernel gives to connections may be gone
-    between this answer and the server's start, above all on a busy machine.
+    Where the kernel allows, it is one from which nobody connects either: a port that is given to
+    connections may be gone before a server starts, above all on a busy machine.
     """
-    for port in random.SystemRandom().sample(_never_given_away(), k=100):
+    ports = _never_given_away()
+    for port in random.SystemRandom().sample(ports, min(_TRIES, len(ports))):
         try:
             require_free(host, port)
         except PortTaken:
@@ -33,15 +35,13 @@ def free_port(host: str = "") -> int:
 
 
 def _never_given_away() -> list[int]:
-    """The ports that the kernel does not choose by itself (ip(7)), 100 at least:
-    where they are fewer or cannot be known, all."""
-    every = range(_FIRST, _LAST + 1)
+    """Those of `_OURS` that the kernel gives to no connection (ip(7)); none where it is not known
+    which those are."""
     try:
-        first, last = map(int, _GIVEN_AWAY.read_text(encoding="utf-8").split())
+        first, last = map(int, _CONNECTIONS.read_text(encoding="utf-8").split())
     except OSError:
-        return list(every)
-    outside = [port for port in every if not first <= port <= last]
-    return outside if len(outside) >= 100 else list(every)
+        return []
+    return [port for port in _OURS if not first <= port <= last]
 
 
 def require_free(host: str, port: int) -> None:

@@ -4,7 +4,6 @@ are split over the processes of `make test`."""
 from __future__ import annotations
 
 import os
-import sys
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -142,11 +141,12 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Ends that Ray after the last test that shares it: Serve's processes, doing nothing, take a
     tenth of a processor from all that comes after."""
     yield
-    groups = [one and SHARE_OF.get(one.location[0]) for one in (item, nextitem)]
-    if groups[0] == "ray_cluster" != groups[1] and "ray" in sys.modules:
-        import ray
-        from ray import serve
+    this, other = (SHARE_OF.get(one.location[0]) if one else None for one in (item, nextitem))
+    if this != "ray_cluster" or other == "ray_cluster":
+        return
+    import ray
+    from ray import serve
 
-        if ray.is_initialized():
-            serve.shutdown()
-            ray.shutdown()
+    if ray.is_initialized():
+        serve.shutdown()
+        ray.shutdown()
