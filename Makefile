@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2
 export OMP_NUM_THREADS ?= 1
+# Each of the hundreds of processes that tests start would compile our modules anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo smollm test test-fast chaos trials hosts elastic check check-install docs format install clean
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from services.errors import WorkerFailed
 from services.models import probe_difference
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the weight store holds versions, and must not cost an import of torch
+    import torch
     from transformers import PreTrainedModel
 
 Manifest: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -46,6 +46,8 @@ def on_the_wire(own: Manifest, dtype: str) -> Manifest:
 
 def views(manifest: Manifest, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of each parameter in `flat`, the bytes of all of them, wherever that lies."""
+    import torch
+
     offset = 0
     for name, dtype_name, shape in manifest:
         dtype: torch.dtype = getattr(torch, dtype_name)
@@ -101,6 +103,8 @@ class Weights:
                 rate of its bus and is waited for once. Torch gives that memory to a later version
                 when nobody holds this one any more.
         """
+        import torch
+
         dtypes: list[torch.dtype] = [getattr(torch, dtype) for _, dtype, _ in manifest]
         shapes = [shape for *_, shape in manifest]
         sizes = [math.prod(s) * d.itemsize for d, s in zip(dtypes, shapes, strict=True)]
@@ -119,6 +123,8 @@ class Weights:
 
     def flat(self) -> torch.Tensor:
         """[bytes] uint8: the buffer itself, not to be written to."""
+        import torch
+
         with warnings.catch_warnings():  # Ray's buffers are read-only, and that is what we want
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(self.buffer)
@@ -223,14 +229,16 @@ def check_probe(
     )
 
 
-@torch.no_grad()
 def copy_weights(model: PreTrainedModel, weights: Weights) -> None:
     """Writes `weights` into the parameters of the same names, in the model's own precision.
 
     Raises:
         WeightsMismatch: names or shapes differ; nothing has been written then.
     """
+    import torch
+
     parameters = dict(model.named_parameters())
     check_manifest(weights, {name: tuple(p.shape) for name, p in parameters.items()})
-    for name, tensor in weights.tensors():
-        parameters[name].copy_(tensor)
+    with torch.no_grad():
+        for name, tensor in weights.tensors():
+            parameters[name].copy_(tensor)

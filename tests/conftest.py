@@ -33,8 +33,10 @@ for phase in ("connect", "read", "write", "pool"):
 
 # Fixtures that cost more than their tests, and the files whose tests share them.
 STARTED_ONCE = {
+    "extended_run": ("deploy/test_own_step", "deploy/test_two_teachers"),
     "scraped_run": (
         "deploy/test_dashboards", "deploy/test_pipeline", "deploy/test_plan", "deploy/test_resume",
+        "deploy/test_wheel",
     ),
     "ray_cluster": (
         "deploy/test_scale", "services/test_weight_push", "services/test_weight_store",

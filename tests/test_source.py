@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import DEADLINE_S
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (
@@ -34,3 +38,18 @@ def _leaves_it_open(call: ast.Call) -> Iterator[bool]:
         # A method's mode comes first, the function's second; a binary one has no encoding.
         modes = [m.value for m in mode if isinstance(m, ast.Constant) and isinstance(m.value, str)]
         yield not any("b" in m and set(m) <= set("rwxab+") for m in modes)
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("teacher.config", {"torch", "ray", "transformers", "numpy", "fastapi"}),
+        ("teacher.worker", {"torch", "ray", "transformers", "fastapi"}),
+        ("teacher.app", {"torch", "ray", "transformers"}),
+        ("verifier.worker", {"torch", "ray", "transformers", "fastapi"}),
+        ("services.weight_store", {"torch", "transformers", "fastapi"}),
+    ],
+)
+def test_importing_a_module_loads_only_what_it_needs(module: str, heavy: set[str]) -> None:
+    code = f"import sys, {module}; found = {heavy} & sys.modules.keys(); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=DEADLINE_S, cwd=ROOT)

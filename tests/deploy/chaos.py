@@ -36,6 +36,7 @@ GROUPS_PER_STEP = 4
 STEPS_PER_KILL = 12  # a recovery takes two or three
 RECOVERY_S = 600.0  # past this a kill was not recovered from
 SLEEP_S = 6.0  # how long a stopped worker sleeps: past its lease
+NODE = "ray node"
 
 # What a role's process is called. A Ray actor names its process after its class.
 ROLES = {
@@ -90,6 +91,7 @@ class ChaosRun:
     def __init__(self, directory: Path, *overrides: str, steps: int, name: str = "demo") -> None:
         self.directory = directory / name
         self.total = steps * GROUPS_PER_STEP
+        self._shared = any(one.startswith("ray.address=") for one in overrides)
         self._log = (directory / f"{name}.log").open("w")
         self._driver = self._start(
             "run", ROOT / "deploy/runs/demo.yaml", f"runs_dir={directory}", f"name={name}",
@@ -148,8 +150,10 @@ class ChaosRun:
         return True
 
     def _processes(self) -> list[psutil.Process]:
+        """All below the driver; those of a cluster that is shared are below this process."""
         try:
-            return psutil.Process(self._driver.pid).children(recursive=True)
+            root = psutil.Process(None if self._shared else self._driver.pid)
+            return root.children(recursive=True)
         except psutil.NoSuchProcess:
             return []
 
@@ -210,20 +214,26 @@ class SharedCluster:
         self.redis.stop()
 
 
-def shared_chaos(directory: Path, names: Sequence[str], kills: int) -> dict[str, Report]:
-    """Kills the node under the runs `kills` times, and lets them end: a report for each name."""
-    cluster = SharedCluster(directory, names, steps=STEPS_PER_KILL * (kills + 1))
+def shared_chaos(
+    directory: Path, names: Sequence[str], victims: Sequence[str]
+) -> dict[str, Report]:
+    """Kills `victims`, each `NODE` or a role, under runs that share a cluster, and lets them end: a
+    report for each name."""
+    cluster = SharedCluster(directory, names, steps=STEPS_PER_KILL * (len(victims) + 1))
     reports = [Report(seed=0) for _ in cluster.runs]
     both = list(zip(cluster.runs, reports, strict=True))
     try:
         for run in cluster.runs:
             run.wait_for_progress(2)
-        for _ in range(kills):
+        for victim in victims:
             started = time.monotonic()
-            cluster.kill_node()
+            if victim == NODE:
+                cluster.kill_node()
+            elif not cluster.runs[0].kill(victim):
+                continue
             for run, report in both:
                 run.wait_for_progress(2)
-                report.recovered("ray node", time.monotonic() - started)
+                report.recovered(victim, time.monotonic() - started)
         for run in cluster.runs:
             while not run.finished:
                 run.wait_for_progress(1)
@@ -267,7 +277,7 @@ def main() -> None:
         reports = {"demo": chaos(Path(directory), roles, seed=options.seed)}
     if options.nodes:
         with tempfile.TemporaryDirectory() as directory:
-            reports |= shared_chaos(Path(directory), ["one", "two"], options.nodes)
+            reports |= shared_chaos(Path(directory), ["one", "two"], [NODE] * options.nodes)
     for name, report in reports.items():
         print(f"run {name!r}:", *report.lines(), sep="\n  ")
     if options.json:

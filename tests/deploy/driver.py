@@ -16,6 +16,7 @@ import psutil
 from tests.waiting import DEADLINE_S, wait_until
 
 ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "deploy/runs/demo.yaml"
 SCOPE = Path(sys.executable).parent / "scope"
 _MARK = "SCOPE_TEST_DRIVER"
 
@@ -45,6 +46,10 @@ class Driver:
         """What it has printed so far."""
         return self.log.read_bytes()[self._began :].decode()
 
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
     def maps(self, library: str) -> bool:
         """Whether it has loaded a library whose path contains this."""
         try:
@@ -71,7 +76,7 @@ class Driver:
 
         def come() -> object:
             come = moment()
-            assert come or self._process.poll() is None, f"it ended:\n{self.said[-4000:]}"
+            assert come or not self.ended, f"it ended:\n{self.said[-4000:]}"
             return come
 
         wait_until(come)

@@ -12,20 +12,18 @@ from pathlib import Path
 import pytest
 import redis
 
-from deploy.cli import main
 from deploy.config import dump, load
 from services.redis_server import EmbeddedRedis, connect
 from services.streams import Streams, claim
 from services.trajectory import encode, order_of
 from tests.builders import prompt
-from tests.deploy.conftest import ROOT, SCOPE, scope, short_run
-from tests.deploy.driver import Driver
+from tests.deploy.conftest import ROOT, SCOPE, Here, scope, short
+from tests.deploy.driver import DEMO, Driver
 from tests.waiting import DEADLINE_S
 
 
-@pytest.mark.slow
-def test_check_prints_the_config_and_what_a_run_would_do() -> None:
-    done = scope("check", "deploy/runs/demo.yaml", "trainer.max_steps=3")
+def test_check_prints_the_config_and_what_a_run_would_do(here: Here) -> None:
+    done = here("check", "deploy/runs/demo.yaml", "trainer.max_steps=3")
     assert done.returncode == 0, done.stderr
     assert "tau: 1.0" in done.stdout
     assert "ok: 48 prompts in all, 3 steps" in done.stderr
@@ -39,26 +37,17 @@ def test_check_prints_the_config_and_what_a_run_would_do() -> None:
         ("sampling.max_tokens=100000", "past the student's context of"),
     ],
 )
-def test_what_cannot_work_is_one_sentence(
-    override: str,
-    sentence: str,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """In this process: a new one imports for longer than it checks."""
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as ended:
-        main(["check", "deploy/runs/demo.yaml", override])
-    assert ended.value.code == 1
-    said = capfd.readouterr().err
-    assert sentence in said
-    assert said.count("\n") == 1
+def test_what_cannot_work_is_one_sentence(here: Here, override: str, sentence: str) -> None:
+    done = here("check", "deploy/runs/demo.yaml", override)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_an_argument_that_vllm_does_not_have_is_one_sentence() -> None:
+def test_an_argument_that_vllm_does_not_have_is_one_sentence(here: Here) -> None:
     engine = "rollout.engine={kind: vllm, args: {max_num_seq: 8}}"
-    done = scope("check", "deploy/runs/demo.yaml", engine)
+    done = here("check", "deploy/runs/demo.yaml", engine)
     assert done.returncode == 1
     assert done.stderr == (
         "scope: rollout.engine.args.max_num_seq: vLLM's engine has no argument 'max_num_seq'; "
@@ -66,17 +55,16 @@ def test_an_argument_that_vllm_does_not_have_is_one_sentence() -> None:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["run", "teacher"])
 def test_a_port_that_is_taken_is_one_sentence_before_anything_starts(
-    command: str, tmp_path: Path
+    here: Here, command: str, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         settings = [f"scoring.port={port}"]
         if command == "run":
             settings.append(f"runs_dir={tmp_path}")
-        done = scope(command, "deploy/runs/demo.yaml", *settings)
+        done = here(command, "deploy/runs/demo.yaml", *settings)
     assert done.returncode == 1
     assert done.stderr == (
         f"scope: the teacher cannot listen on 127.0.0.1:{port}: Address already in use; stop what "
@@ -88,7 +76,7 @@ def test_a_port_that_is_taken_is_one_sentence_before_anything_starts(
 @pytest.mark.parametrize("library", ["pydantic_core", "libtorch_cpu"])
 def test_ctrl_c_while_python_imports_is_one_line(tmp_path: Path, library: str) -> None:
     """Before and after the config is read. Torch's imports swallow a KeyboardInterrupt."""
-    run = Driver(tmp_path / "log", *short_run(tmp_path))
+    run = Driver(tmp_path / "log", "run", DEMO, *short(tmp_path))
     run.wait_for(lambda: run.maps(library))
     status, _ = run.interrupt(signal.SIGINT)
     assert (status, run.said) == (130, "scope: interrupted\n")

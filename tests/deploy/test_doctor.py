@@ -24,7 +24,7 @@ from deploy.doctor import (
     examine_machine,
 )
 from services.redis_server import EmbeddedRedis
-from tests.deploy.conftest import ROOT, scope
+from tests.deploy.conftest import ROOT, Here
 
 
 def config(*overrides: str) -> RunConfig:
@@ -150,8 +150,7 @@ def test_a_machine_without_shared_memory_is_told_so(tmp_path: Path) -> None:
     assert found.verdict == "note" and "there is none" in found.said
 
 
-@pytest.mark.slow
-def test_a_run_is_refused_by_a_redis_that_would_lose_prompts(tmp_path: Path) -> None:
+def test_a_run_is_refused_by_a_redis_that_would_lose_prompts(here: Here, tmp_path: Path) -> None:
     server = EmbeddedRedis(tmp_path)
     server.start()
     client = redis.Redis.from_url(server.url)
@@ -159,8 +158,8 @@ def test_a_run_is_refused_by_a_redis_that_would_lose_prompts(tmp_path: Path) -> 
     client.config_set("maxmemory-policy", "allkeys-random")
     client.close()
     where = f"redis.url={server.url}"
-    done = scope("run", "deploy/runs/demo.yaml", where, f"runs_dir={tmp_path}/runs")
-    asked = scope("doctor", "deploy/runs/demo.yaml", where)
+    done = here("run", "deploy/runs/demo.yaml", where, f"runs_dir={tmp_path}/runs")
+    asked = here("doctor", "deploy/runs/demo.yaml", where)
     server.stop()
     assert done.returncode == 1
     assert "scope: redis.url: it throws keys away when its memory is full" in done.stderr

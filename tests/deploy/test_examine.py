@@ -16,7 +16,7 @@ from rollout.own_weights import OwnWeights
 from rollout.worker import RolloutSettings
 from services.pipeline import EVAL
 from tests.builders import save_tiny
-from tests.deploy.conftest import ROOT, scope
+from tests.deploy.conftest import ROOT, Here, scope
 
 STUDENT = str(ROOT / "examples/arithmetic/student")
 DEMO = ROOT / "deploy/runs/demo.yaml"
@@ -62,7 +62,7 @@ def test_a_benchmark_is_judged_by_its_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_is_evaluated_without_a_learner(tmp_path: Path) -> None:
+def test_a_model_is_evaluated_without_a_learner(here: Here, tmp_path: Path) -> None:
     config = load(DEMO)
     assert config.evaluation is not None
     rows = tmp_path / "some.jsonl"
@@ -89,7 +89,7 @@ def test_a_model_is_evaluated_without_a_learner(tmp_path: Path) -> None:
     assert result is not None
     assert (result.score.prompts, result.score.k) == (8, 8)
     assert 0.05 < result.score.avg_at_k.value < 0.8  # Avg@8 of the demo's student is 33%
-    again = scope(
+    again = here(
         "eval", DEMO, f"evaluation.data.path={rows}", "--model", STUDENT, "--k", "8",
         "--out", tmp_path / "out",
     )  # fmt: skip

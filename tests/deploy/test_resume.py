@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import signal
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from services.metrics import read
-from tests.deploy.conftest import GROUPS, STEPS, scope, short_run
-from tests.deploy.driver import Driver
+from tests.deploy.conftest import GROUPS, STEPS, scope, short
+from tests.deploy.driver import DEMO, Driver
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -24,17 +23,13 @@ def test_a_resumed_run_has_the_uninterrupted_ones_loss_curve_bit_for_bit(
 ) -> None:
     directory = tmp_path / "demo"
     ledger = directory / "ledger.json"
-    # While the learner's thread waits for Ray Train, and while Serve starts: what stops badly.
-    for arguments, process, signum in (
-        (short_run(tmp_path), "ray::TrainController", signal.SIGINT),
-        (("resume", directory), "ray::ServeReplica", signal.SIGTERM),
-    ):
-        run = Driver(tmp_path / "log", *arguments)
-        run.wait_for(functools.partial(run.runs, process))
-        status, _ = run.interrupt(signum)
-        assert status == 130, run.said
-        assert run.said.endswith(f"interrupted; continue with: scope resume {directory}\n")
-        wait_until(functools.partial(_left_nothing, run))
+    # While the learner's thread waits for Ray Train: what stops badly. `make trials` has more.
+    run = Driver(tmp_path / "log", "run", DEMO, *short(tmp_path))
+    run.wait_for(lambda: run.runs("ray::TrainController"))
+    status, _ = run.interrupt(signal.SIGINT)
+    assert status == 130, run.said
+    assert run.said.endswith(f"interrupted; continue with: scope resume {directory}\n")
+    wait_until(lambda: not run.left())
     driver = Driver(tmp_path / "log", "resume", directory)
     # Killed past the checkpoint of step 2, so that a step has to be replayed.
     driver.wait_for(
@@ -51,7 +46,3 @@ def test_a_resumed_run_has_the_uninterrupted_ones_loss_curve_bit_for_bit(
     assert [r["step"] for r in resumed_records] == list(range(1, STEPS + 1))
     for name in CURVES:
         assert [r[name] for r in resumed_records] == [r[name] for r in uninterrupted], name
-
-
-def _left_nothing(run: Driver) -> bool:
-    return not run.left()

@@ -16,7 +16,8 @@ from services.metrics import read
 from services.models import load_model, load_tokenizer
 from services.trajectory import ScoredGroup
 from tests.deploy.conftest import ROOT, SCOPE, scope
-from tests.deploy.test_two_teachers import collect, logprobs
+from tests.deploy.extended import collect
+from tests.deploy.test_two_teachers import logprobs
 from tests.waiting import DEADLINE_S, wait_until
 
 STEPS, GROUPS, N = 16, 16, 8
@@ -61,9 +62,10 @@ def test_a_student_learns_from_itself_what_it_was_shown(tmp_path: Path) -> None:
             ],
             cwd=ROOT, stdout=stdout, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        groups = collect(run, tmp_path, STEPS // 3 * GROUPS)
+        directory = tmp_path / "demo"
+        groups = collect(directory, STEPS // 3 * GROUPS, lambda: run.poll() is not None)
         wait_until(lambda: replica(run) or run.poll() is not None).kill()
-        groups |= collect(run, tmp_path, STEPS * GROUPS)
+        groups |= collect(directory, STEPS * GROUPS, lambda: run.poll() is not None)
         code = run.wait(timeout=DEADLINE_S)
     assert code == 0, (tmp_path / "stdout").read_text()
     total = STEPS * GROUPS

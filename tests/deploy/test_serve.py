@@ -1,4 +1,5 @@
-"""The teacher on a Ray cluster of its own, and a run on another that asks it over REST."""
+"""A teacher on a Ray cluster of its own, another with other tokens that is killed, and a run that
+asks both over REST and serves nothing itself."""
 
 from __future__ import annotations
 
@@ -8,23 +9,31 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import httpx
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from services.metrics import read
+from services.ports import free_port
 from tests.deploy.conftest import ROOT, SCOPE, scope
+from tests.deploy.driver import Driver
+from tests.deploy.pairs import write
 from tests.waiting import DEADLINE_S
 
 pytestmark = pytest.mark.slow
 
 KEY, OLD_KEY = "of-another-team", "still-valid"
 SEQUENCES = {"sequences": [{"prompt": [5, 9, 12], "completion": [7, 1]}]}
-STEPS, GROUPS = 3, 8
+STEPS, GROUPS, N = 12, 16, 8
 
 
 @dataclass(frozen=True)
@@ -57,29 +66,76 @@ def served() -> Iterator[Served]:
     shutil.rmtree(sessions)
 
 
-def test_a_run_is_scored_by_the_teacher_of_another_cluster_alone(
+@contextmanager
+def serving(directory: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The teacher of pairs of digits."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.deploy.pairs", directory, str(port)], cwd=ROOT
+    )
+    try:
+        yield server
+    finally:
+        server.kill()
+        server.wait()
+
+
+def write_rows(file: Path) -> Path:
+    """The demo's first prompts, of two data sources in turn."""
+    table = pq.read_table(ROOT / "examples/arithmetic/train.parquet").to_pylist()[: STEPS * GROUPS]
+    made = [
+        row | {"data_source": source}
+        for row, source in zip(table, cycle(("arithmetic", "pairs")), strict=False)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return file
+
+
+def test_a_student_learns_from_teachers_elsewhere_alone(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTHER_TEAM_KEY", KEY)
     before = served.scored
-    teacher = {
-        "model": "examples/arithmetic/teacher",
-        "endpoints": [{"url": served.url, "key_env": "OTHER_TEAM_KEY"}],
-    }
-    done = scope(
-        "run", "deploy/runs/demo.yaml", f"runs_dir={tmp_path}", f"teacher={json.dumps(teacher)}",
-        f"trainer.max_steps={STEPS}", f"trainer.groups_per_step={GROUPS}", "evaluation=null",
-        "trainer.objective={kind: opd}", "ray.dashboard=false",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"teacher: {served.url}\n" in done.stdout
-    status = json.loads(scope("status", tmp_path / "demo", "--json").stdout)
+    model, port = write(tmp_path / "pairs"), free_port("127.0.0.1")
+    teachers = {
+        "default": {
+            "model": "examples/arithmetic/teacher",
+            "endpoints": [{"url": served.url, "key_env": "OTHER_TEAM_KEY"}],
+        },
+        "pairs": {
+            "model": str(model), "tokenizer": "own", "data_sources": ["pairs"],
+            "endpoints": [f"http://127.0.0.1:{port}"],
+        },
+    }  # fmt: skip
+    run = tmp_path / "demo"
+    with serving(model, port) as first:
+        driver = Driver(
+            tmp_path / "log", "run", "deploy/runs/demo.yaml", f"runs_dir={tmp_path}",
+            "teacher=null", f"teachers={json.dumps(teachers)}", f"sampling.n={N}",
+            f"data.path={write_rows(tmp_path / 'rows.jsonl')}", f"trainer.max_steps={STEPS}",
+            f"trainer.groups_per_step={GROUPS}", "trainer.checkpoint.every_steps=100",
+            "trainer.objective={kind: opd}", "trainer.optimizer.lr=5e-4",
+            "trainer.optimizer.warmup_steps=2", "evaluation=null", "ray.dashboard=false",
+        )  # fmt: skip
+        driver.wait_for(lambda: _step(run) >= STEPS // 3)
+        first.kill()
+        with serving(model, port):
+            assert driver.end() == 0, driver.said
+    assert f"teacher: {served.url}\n" in driver.said
+    status = json.loads(scope("status", run, "--json").stdout)
     assert status["fed"] == status["trained"] == STEPS * GROUPS
     assert (status["dead"], status["in_flight"]) == (0, 0)
     # OPD has every answer scored: one request a group to that server, and nobody serves here.
-    assert served.scored - before == STEPS * GROUPS
-    assert not (tmp_path / "demo/logs/serve").exists()
-    assert all(record["ppl/teacher"] > 1 for record in read(tmp_path / "demo"))
+    assert served.scored - before == STEPS * GROUPS / 2
+    assert not (run / "logs/serve").exists()
+    records = read(run)
+    assert all(record["ppl/teacher"] > 1 for record in records)
+    accuracy = [record["reward/accuracy"] for record in records]
+    assert np.mean(accuracy[-3:]) > np.mean(accuracy[:3]) + 0.1, accuracy
+
+
+def _step(run: Path) -> int:
+    ledger = run / "ledger.json"
+    return int(json.loads(ledger.read_text())["step"]) if ledger.exists() else 0
 
 
 def test_each_of_its_keys_lets_a_caller_in(served: Served) -> None:

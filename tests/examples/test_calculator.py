@@ -77,7 +77,7 @@ def test_no_prompt_is_trained_on_and_held_out() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_learns_to_call_it_and_loses_nothing_when_its_sampler_is_killed(
+def test_a_run_learns_to_call_it_and_loses_nothing_when_its_sampler_and_its_redis_are_killed(
     tmp_path: Path,
 ) -> None:
     """Held-out accuracy rises by more than 20 points, and every prompt is trained once."""
@@ -88,12 +88,13 @@ def test_a_run_learns_to_call_it_and_loses_nothing_when_its_sampler_is_killed(
     run = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     directory = tmp_path / "calculator"
     try:
-        wait_until(lambda: run.poll() is not None or _step(directory) >= 2)
-        (sampler,) = (
-            p for p in psutil.Process(run.pid).children(recursive=True)
-            if "ray::RolloutWorker" in " ".join(p.cmdline())
-        )  # fmt: skip
-        os.kill(sampler.pid, signal.SIGKILL)
+        for step, victim in ((2, "ray::RolloutWorker"), (8, "-server unixsocket")):
+            wait_until(lambda step=step: run.poll() is not None or _step(directory) >= step)
+            (process,) = (
+                p for p in psutil.Process(run.pid).children(recursive=True)
+                if victim in " ".join(p.cmdline())
+            )  # fmt: skip
+            os.kill(process.pid, signal.SIGKILL)
         assert run.wait(DEADLINE_S) == 0
     finally:
         run.terminate()

@@ -1,4 +1,4 @@
-"""The short form of the example with a real language model: three steps of `make smollm`."""
+"""The short form of the example with a real language model: two steps of `make smollm`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from services.metrics import read
 from tests.waiting import DEADLINE_S
 
 ROOT = Path(__file__).parents[2]
-STEPS, GROUPS, SAMPLES, STORIES = 3, 2, 4, 2
+STEPS, GROUPS, SAMPLES, STORIES = 2, 2, 3, 2
 
 
 @pytest.mark.slow
-def test_three_steps_train_a_real_model_and_lose_no_story(tmp_path: Path) -> None:
+def test_two_steps_train_a_real_model_and_lose_no_story(tmp_path: Path) -> None:
     """Fetched, converted, measured, distilled by `scope run`, exported and measured again."""
     run = tmp_path / "short"
     command = [

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 from pydantic import ValidationError
 
 from teacher.config import ContextMessage, Endpoint, TeacherConfig, TeachersConfig
-from tests.waiting import DEADLINE_S
 
 
 def test_only_the_model_must_be_named() -> None:
@@ -99,19 +95,6 @@ def test_teachers_that_cannot_be_told_apart_are_an_error(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         _several(**others)
-
-
-@pytest.mark.parametrize(
-    ("module", "heavy"),
-    [
-        ("teacher.config", {"torch", "ray", "transformers", "numpy", "fastapi"}),
-        ("teacher.worker", {"torch", "ray", "transformers", "fastapi"}),
-        ("teacher.app", {"torch", "ray", "transformers"}),
-    ],
-)
-def test_importing_a_module_loads_only_what_it_needs(module: str, heavy: set[str]) -> None:
-    code = f"import sys, {module}; found = {heavy} & sys.modules.keys(); assert not found, found"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=DEADLINE_S)
 
 
 def test_a_context_is_text_or_messages_or_that_of_the_row() -> None:
