@@ -382,6 +382,8 @@ TRIALS = (
     Trial("SIGTERM and Ctrl-C at ten moments", "ends in 15 s, leaves nothing, resumes",
           interrupted(signal.SIGTERM, signal.SIGINT)),
     Trial("a hostile report", "shown as text", tested("tests/deploy/test_report_browser.py")),
+    Trial("vLLM at both ends", "trains",
+          trains("rollout.engine.kind=vllm", "teacher.engine.kind=vllm")),
     Trial("a vLLM engine core that is stopped", "ends with a sentence, resumes", stopped_engine),
     Trial("a teacher that is all but certain", "finite gradients", certain_teacher),
     Trial("all that is odd about a machine at once", "trains", all_at_once),

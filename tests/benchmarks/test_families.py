@@ -65,7 +65,6 @@ def test_a_family_is_what_the_page_says(family: str) -> None:
     [
         "qwen3_moe",  # experts that are packed anew
         "gpt_oss",  # experts and sinks that are written past their loaders
-        "lfm2",  # a convolution, and queries by head
     ],
 )
 def test_a_family_is_right_in_vllm_under_new_weights(family: str) -> None:

@@ -1,4 +1,5 @@
-"""The demo with vLLM at both ends, and vLLM killed in the middle of it."""
+"""The demo with a student that vLLM samples, and vLLM killed in the middle: `make trials` has it as
+the teacher as well."""
 
 from __future__ import annotations
 
@@ -17,13 +18,13 @@ from services.metrics import read
 from tests.deploy.conftest import ROOT, SCOPE
 from tests.waiting import DEADLINE_S
 
-STEPS, GROUPS = 12, 4
+STEPS, GROUPS = 6, 4
 
 
 def start(runs: Path) -> subprocess.Popen[bytes]:
     arguments = [
         "run", "deploy/runs/demo.yaml", f"runs_dir={runs}", "rollout.engine.kind=vllm",
-        "teacher.engine.kind=vllm", f"trainer.max_steps={STEPS}",
+        f"trainer.max_steps={STEPS}",
         f"trainer.groups_per_step={GROUPS}", "evaluation=null", "ray.dashboard=false",
         "stage.lease_s=3",
     ]  # fmt: skip
