@@ -396,6 +396,10 @@ def _hint(name: str, known: Iterable[Field[Any]]) -> str:
 def _environment(args: AsyncEngineArgs) -> Iterator[None]:
     """Sets what is not set, for as long as the block runs and for the processes it starts."""
     wanted = dict(_ENVIRONMENT)
+    if on_cpu() and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        # One process that imports vLLM instead of two, as on one GPU: it keeps its worker out of
+        # the core's process on a CPU to bind that one's threads, and none are bound here.
+        wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if on_cpu() and args.enforce_eager:
         # The sampler is compiled even so, with a C++ compiler, and that takes 20 s.
         wanted["TORCH_COMPILE_DISABLE"] = "1"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -18,7 +17,7 @@ from services.metrics import read
 from tests.deploy.conftest import ROOT, SCOPE
 from tests.waiting import DEADLINE_S
 
-STEPS, GROUPS = 6, 4
+STEPS, GROUPS = 12, 4
 
 
 def start(runs: Path) -> subprocess.Popen[bytes]:
@@ -32,20 +31,14 @@ def start(runs: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([SCOPE, *arguments], cwd=ROOT, stdout=log, stderr=log)
 
 
-def shared_memory(pids: list[int]) -> set[str]:
-    """What these processes hold of it, by its file."""
-    maps = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
-    return {name for text in maps for name in re.findall(r"/dev/shm/psm_\S+", text)}
-
-
 def sampling_process(run: subprocess.Popen[bytes]) -> psutil.Process:
     """The process in which vLLM holds the student."""
-    (worker,) = [
+    (core,) = [
         process
         for process in psutil.Process(run.pid).children(recursive=True)
-        if "ray::RolloutWorker" in " ".join(process.cmdline())
+        if "EngineCore" in " ".join(process.cmdline())
     ]
-    return worker.children(recursive=True)[-1]
+    return core
 
 
 @pytest.mark.slow
@@ -54,12 +47,10 @@ def test_the_demo_on_vllm_survives_its_death_with_an_exact_ledger(tmp_path: Path
     run = start(tmp_path)
     ledger = tmp_path / "demo" / "ledger.json"
     deadline = time.monotonic() + DEADLINE_S
-    killed, segments = False, set[str]()
+    killed = False
     while run.poll() is None and time.monotonic() < deadline:
         if not killed and ledger.exists() and json.loads(ledger.read_text())["step"] >= 1:
-            victim = sampling_process(run)
-            segments = shared_memory([victim.pid])
-            os.kill(victim.pid, signal.SIGKILL)
+            os.kill(sampling_process(run).pid, signal.SIGKILL)
             killed = True
         time.sleep(0.05)
     if run.poll() is None:
@@ -68,7 +59,6 @@ def test_the_demo_on_vllm_survives_its_death_with_an_exact_ledger(tmp_path: Path
     output = (tmp_path / "output.log").read_text()
     assert run.returncode == 0, output
     assert killed and "died; starting it again" in output
-    assert segments and not [name for name in segments if Path(name).exists()]
     total = STEPS * GROUPS
     counts = json.loads(ledger.read_text())
     assert {k: counts[k] for k in ("fed", "trained", "dead", "in_flight")} == {

@@ -519,6 +519,12 @@ async def test_a_sequence_as_long_as_the_runs_longest_fits(directory: Path) -> N
         await engine.close()
 
 
+async def test_its_worker_is_in_the_process_of_its_core(engine: Any) -> None:
+    """As on one GPU: each process imports vLLM anew, which takes as long as all else."""
+    names = ["".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    assert sum("VLLM::" in name for name in names) == 1, names
+
+
 async def test_an_engine_whose_process_is_killed_says_so(keeping: Any) -> None:
     """The last test: nothing can be sampled after it. It dies with groups in flight and in the
     middle of an update; the worker ends, and its prompts are taken over by another."""

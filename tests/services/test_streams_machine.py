@@ -42,6 +42,7 @@ class HandOff(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.redis = connect(self.url)
         self.streams = Streams(self.redis, f"machine-{uuid.uuid4()}")
+        self.run(self.redis.config_set("hz", 500))  # how often it sees that a claim waited enough
         self.run(self.streams.create())
         self.where: dict[str, str] = {}  # order -> stream, "dead" or "trained"
         self.results: dict[str, int] = {}  # order -> how often it left the last stream

@@ -43,12 +43,14 @@ IDS = [[*prompt, *completion] for prompt, completion in PAIRS]
 STARTS = [len(prompt) for prompt, _ in PAIRS]
 
 
+ARGS = {"kv_cache_memory_bytes": 1 << 26, "max_num_batched_tokens": CHUNK, "max_num_seqs": 16}
+
+
 def config(directory: Path, **engine: object) -> TeacherConfig:
-    args = {"kv_cache_memory_bytes": 1 << 26, "max_num_batched_tokens": CHUNK, "max_num_seqs": 16}
     return TeacherConfig.model_validate(
         {
             "model": str(directory),
-            "engine": {"kind": "vllm", "args": args, **engine},
+            "engine": {"kind": "vllm", "args": ARGS, **engine},
             "max_top_logprobs": LIMIT,
         }
     )
@@ -66,9 +68,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def scorer(directory: Path) -> AsyncIterator[Scorer]:
+    """With its worker in a process of its own, as several GPUs have them."""
     from services.vllm_core import shared_memory  # imports vLLM
 
-    made = await asyncio.to_thread(build_scorer, config(directory))
+    apart = {"distributed_executor_backend": "mp"}
+    made = await asyncio.to_thread(build_scorer, config(directory, args=ARGS | apart))
     processes = multiprocessing.active_children()
     segments = shared_memory([child.pid for child in processes if child.pid])
     yield made
