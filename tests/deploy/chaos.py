@@ -88,10 +88,17 @@ class Report:
 class ChaosRun:
     """One run of the demo's topology with small steps, and the means to hurt it."""
 
-    def __init__(self, directory: Path, *overrides: str, steps: int, name: str = "demo") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *overrides: str,
+        steps: int,
+        name: str = "demo",
+        own_cluster: bool = True,
+    ) -> None:
         self.directory = directory / name
         self.total = steps * GROUPS_PER_STEP
-        self._shared = any(one.startswith("ray.address=") for one in overrides)
+        self._own_cluster = own_cluster
         self._log = (directory / f"{name}.log").open("w")
         self._driver = self._start(
             "run", ROOT / "deploy/runs/demo.yaml", f"runs_dir={directory}", f"name={name}",
@@ -150,9 +157,9 @@ class ChaosRun:
         return True
 
     def _processes(self) -> list[psutil.Process]:
-        """All below the driver; those of a cluster that is shared are below this process."""
+        """All of its cluster, which the driver started, or this process."""
         try:
-            root = psutil.Process(None if self._shared else self._driver.pid)
+            root = psutil.Process(self._driver.pid if self._own_cluster else None)
             return root.children(recursive=True)
         except psutil.NoSuchProcess:
             return []
@@ -200,7 +207,10 @@ class SharedCluster:
         )
         self._node = self._cluster.add_node(num_cpus=8)
         shared = [f"ray.address={self._cluster.address}", f"redis.url={self.redis.url}"]
-        self.runs = [ChaosRun(directory, *shared, steps=steps, name=name) for name in names]
+        self.runs = [
+            ChaosRun(directory, *shared, steps=steps, name=name, own_cluster=False)
+            for name in names
+        ]
 
     def kill_node(self) -> None:
         """`kill -9` of the node's raylet, with which every process on it dies."""
