@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 from services.metrics import read
 from services.models import load_tokenizer
 from services.redis_server import EmbeddedRedis, connect
-from tests.deploy.driver import ROOT, SCOPE, Driver
+from tests.deploy.driver import ROOT, SCOPE, Driver, step_of
 from tests.waiting import wait_until
 
 STEPS, GROUPS = 4, 8
@@ -138,12 +138,6 @@ MOMENTS: dict[str, Callable[[Driver, Path], object]] = {
     ),
     "exports": lambda _, directory: (directory / "export").exists(),
 }
-
-
-def step_of(directory: Path) -> int:
-    """The last step that the driver knows of."""
-    file = directory / "ledger.json"
-    return int(json.loads(file.read_text(encoding="utf-8"))["step"]) if file.exists() else 0
 
 
 def interrupted(first: signal.Signals, second: signal.Signals) -> Act:

@@ -117,6 +117,7 @@ def scraped_run(
 
 @pytest.fixture(scope="session")
 def extended_run(tmp_path_factory: pytest.TempPathFactory) -> Extended:
+    """The demo with a stage and a teacher more."""
     return start(tmp_path_factory.mktemp("extended"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -107,6 +108,12 @@ class Driver:
             return psutil.Process(self._process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+
+def step_of(directory: Path) -> int:
+    """The last step that the driver of the run in this directory knows of."""
+    file = directory / "ledger.json"
+    return int(json.loads(file.read_text(encoding="utf-8"))["step"]) if file.exists() else 0
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -25,7 +25,7 @@ import pytest
 from services.metrics import read
 from services.ports import free_port
 from tests.deploy.conftest import ROOT, SCOPE, scope
-from tests.deploy.driver import Driver
+from tests.deploy.driver import Driver, step_of
 from tests.deploy.pairs import write
 from tests.waiting import DEADLINE_S
 
@@ -116,7 +116,7 @@ def test_a_student_learns_from_teachers_elsewhere_alone(
             "trainer.objective={kind: opd}", "trainer.optimizer.lr=5e-4",
             "trainer.optimizer.warmup_steps=2", "evaluation=null", "ray.dashboard=false",
         )  # fmt: skip
-        driver.wait_for(lambda: _step(run) >= STEPS // 3)
+        driver.wait_for(lambda: step_of(run) >= STEPS // 3)
         first.kill()
         with serving(model, port):
             assert driver.end() == 0, driver.said
@@ -131,11 +131,6 @@ def test_a_student_learns_from_teachers_elsewhere_alone(
     assert all(record["ppl/teacher"] > 1 for record in records)
     accuracy = [record["reward/accuracy"] for record in records]
     assert np.mean(accuracy[-3:]) > np.mean(accuracy[:3]) + 0.1, accuracy
-
-
-def _step(run: Path) -> int:
-    ledger = run / "ledger.json"
-    return int(json.loads(ledger.read_text())["step"]) if ledger.exists() else 0
 
 
 def test_each_of_its_keys_lets_a_caller_in(served: Served) -> None:

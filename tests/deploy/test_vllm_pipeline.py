@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from services.metrics import read
-from tests.deploy.conftest import ROOT, SCOPE
+from tests.deploy.driver import ROOT, SCOPE, step_of
 from tests.waiting import DEADLINE_S
 
 STEPS, GROUPS = 12, 4
@@ -23,9 +23,8 @@ STEPS, GROUPS = 12, 4
 def start(runs: Path) -> subprocess.Popen[bytes]:
     arguments = [
         "run", "deploy/runs/demo.yaml", f"runs_dir={runs}", "rollout.engine.kind=vllm",
-        f"trainer.max_steps={STEPS}",
-        f"trainer.groups_per_step={GROUPS}", "evaluation=null", "ray.dashboard=false",
-        "stage.lease_s=3",
+        f"trainer.max_steps={STEPS}", f"trainer.groups_per_step={GROUPS}", "evaluation=null",
+        "ray.dashboard=false", "stage.lease_s=3",
     ]  # fmt: skip
     with (runs / "output.log").open("w") as log:
         return subprocess.Popen([SCOPE, *arguments], cwd=ROOT, stdout=log, stderr=log)
@@ -49,7 +48,7 @@ def test_the_demo_on_vllm_survives_its_death_with_an_exact_ledger(tmp_path: Path
     deadline = time.monotonic() + DEADLINE_S
     killed = False
     while run.poll() is None and time.monotonic() < deadline:
-        if not killed and ledger.exists() and json.loads(ledger.read_text())["step"] >= 1:
+        if not killed and step_of(tmp_path / "demo") >= 1:
             os.kill(sampling_process(run).pid, signal.SIGKILL)
             killed = True
         time.sleep(0.05)

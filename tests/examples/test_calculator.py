@@ -23,7 +23,7 @@ from rollout.transformers_engine import TransformersEngine
 from services.metrics import read
 from services.models import end_tokens, load_model, load_tokenizer
 from services.trajectory import RolloutGroup
-from tests.deploy.conftest import ROOT, SCOPE
+from tests.deploy.driver import ROOT, SCOPE, step_of
 from tests.waiting import DEADLINE_S, wait_until
 
 ENVIRONMENT = EnvironmentConfig(kind="examples.calculator.calculator:calculator", max_turns=3)
@@ -89,7 +89,7 @@ def test_a_run_learns_to_call_it_and_loses_nothing_when_its_sampler_and_its_redi
     directory = tmp_path / "calculator"
     try:
         for step, victim in ((2, "ray::RolloutWorker"), (8, "-server unixsocket")):
-            wait_until(lambda step=step: run.poll() is not None or _step(directory) >= step)
+            wait_until(lambda step=step: run.poll() is not None or step_of(directory) >= step)
             (process,) = (
                 p for p in psutil.Process(run.pid).children(recursive=True)
                 if victim in " ".join(p.cmdline())
@@ -109,8 +109,3 @@ def test_a_run_learns_to_call_it_and_loses_nothing_when_its_sampler_and_its_redi
         for label in ("before", "after")
     )
     assert after.score.avg_at_k.value - before.score.avg_at_k.value > 0.2
-
-
-def _step(directory: Path) -> int:
-    path = directory / "ledger.json"
-    return int(json.loads(path.read_text())["step"]) if path.exists() else 0
